@@ -1,0 +1,179 @@
+"""torch.export -> a flat, undecomposed fx graph -> Program.
+
+The graph keeps its ATen operators whole (batch norm, linear, attention), takes flat inputs by name and returns a flat
+tuple. What inference does not need is dropped: dropout, dtype assertions, casts and slices that change nothing.
+Parameters are cloned, because the exported program shares them with the user's model.
+"""
+
+import copy
+import sys
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from exporter.errors import InputError
+from passes.base import LayerRule, Program, TargetRules
+from passes.calibration import Calibration
+from passes.graph import aten, copy_graph, inputs_of, tidy
+
+DROPOUTS = {aten.dropout.default, aten.dropout_.default, aten.feature_dropout.default, aten.alpha_dropout.default}
+IN_PLACE = {
+    aten.add_.Tensor: aten.add.Tensor,
+    aten.sub_.Tensor: aten.sub.Tensor,
+    aten.mul_.Tensor: aten.mul.Tensor,
+    aten.div_.Tensor: aten.div.Tensor,
+    aten.relu_.default: aten.relu.default,
+    aten.hardtanh_.default: aten.hardtanh.default,
+    aten.leaky_relu_.default: aten.leaky_relu.default,
+    aten.silu_.default: aten.silu.default,
+    aten.sigmoid_.default: aten.sigmoid.default,
+    aten.hardswish_.default: aten.hardswish.default,
+    aten.elu_.default: aten.elu.default,
+}
+
+Dynamic = Mapping[str, Mapping[int, str]]
+"""{input: {axis: label}}: axes that stay free; axes with one label are equal."""
+
+
+def export_module(module: nn.Module, inputs: Mapping[str, Tensor], dynamic: Dynamic) -> torch.export.ExportedProgram:
+    """Export `module` (eval mode) called with `inputs` by keyword, keeping the `dynamic` axes free.
+
+    Raises InputError when torch.export cannot capture the model, with its reason on one line.
+    """
+    shapes = {name: dict.fromkeys(dynamic.get(name, {}), torch.export.Dim.DYNAMIC) for name in inputs}
+    try:
+        with torch.no_grad():
+            return torch.export.export(module, (), dict(inputs), dynamic_shapes=shapes or None, strict=False)
+    except Exception as error:  # torch.export raises many unrelated kinds; all of them mean "not capturable as asked"
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(
+            f"torch.export could not capture {type(module).__name__}: {reason}",
+            where="MODEL",
+            fix="check the input shapes (--input, --dynamic) and that the model runs under torch.export",
+        ) from error
+
+
+def flatten(program: torch.export.ExportedProgram) -> tuple[fx.GraphModule, tuple[str, ...]]:
+    """The program as a clean flat graph of its own, and the names of its outputs."""
+    module = program.module(check_guards=False)
+    assert isinstance(module, fx.GraphModule)
+    info = module.graph._codegen.pytree_info  # type: ignore[attr-defined]  # set by torch.export's code generator
+    names = output_names(info.out_spec)
+    keep = outputs_kept(module)
+    module.graph.set_codegen(fx.graph.CodeGen())
+    output = module.graph.output_node()
+    output.args = (tuple(output.args[0][index] for index in keep),)  # type: ignore[index]  # a flat list of nodes
+    strip(module.graph)
+    clone_tensors(module)
+    graph = copy_graph(module)
+    tidy(graph)
+    return graph, tuple(names[index] for index in keep)
+
+
+def outputs_kept(module: fx.GraphModule) -> list[int]:
+    """Indices of the outputs that are tensors computed by the graph; constants and None are dropped."""
+    values = module.graph.output_node().args[0]
+    assert isinstance(values, Sequence)
+    return [index for index, value in enumerate(values) if isinstance(value, fx.Node)]
+
+
+def output_names(spec: pytree.TreeSpec) -> list[str]:
+    """A readable name for every leaf of the output: its key where it has one, else output, output_1, ..."""
+    leaves = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
+    paths = pytree.tree_flatten_with_path(leaves)[0]
+    names: list[str] = []
+    for path, _ in paths:
+        parts = [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", "")))) for key in path]
+        name = "_".join(part for part in parts if part) or "output"
+        name = f"output_{name}" if name.isdigit() else name
+        names.append("output" if spec.num_leaves == 1 and name == "output_0" else name)
+    return names
+
+
+def strip(graph: fx.Graph) -> None:
+    """Drop what does nothing at inference and turn in-place operators into their functional forms."""
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target in IN_PLACE:
+            make_functional(node)
+        if node.target is aten._assert_tensor_metadata.default:
+            graph.erase_node(node)
+        elif does_nothing(node):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+
+
+def make_functional(node: fx.Node) -> None:
+    """Compute a new value instead of overwriting the first argument; later readers of the old value read the new one."""
+    old = node.args[0]
+    assert isinstance(old, fx.Node)
+    node.target = IN_PLACE[node.target]  # type: ignore[index]  # the caller checked that it is there
+    old.replace_all_uses_with(node, delete_user_cb=lambda user: user is not node and user > node)
+
+
+def does_nothing(node: fx.Node) -> bool:
+    """True for inactive dropout, a cast to the same type, a slice of everything, and bookkeeping copies."""
+    if node.target in DROPOUTS:
+        return node.args[2] is False
+    if node.target in (aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default):
+        return True
+    if node.target is aten.slice.Tensor:
+        start, end = (node.args[2] if len(node.args) > 2 else 0), (node.args[3] if len(node.args) > 3 else sys.maxsize)
+        return start in (0, None) and end in (sys.maxsize, None) and len(node.args) < 5
+    if node.target in (aten.to.dtype, aten._to_copy.default):
+        source = node.args[0]
+        before = source.meta.get("val") if isinstance(source, fx.Node) else None
+        after = node.meta.get("val")
+        return isinstance(before, Tensor) and isinstance(after, Tensor) and before.dtype == after.dtype
+    return False
+
+
+def clone_tensors(module: nn.Module) -> None:
+    """Give the graph tensors of its own: detached, contiguous, one clone for each storage it shared."""
+    clones: dict[int, Tensor] = {}
+    for owner in module.modules():
+        for name, tensor in [*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)]:
+            if id(tensor) not in clones:
+                clones[id(tensor)] = tensor.detach().clone().contiguous()
+            delattr(owner, name)
+            owner.register_buffer(name, clones[id(tensor)])
+
+
+def dynamic_axes(program: torch.export.ExportedProgram, graph: fx.GraphModule) -> dict[str, dict[int, str]]:
+    """The free axes of the graph's inputs; an axis 0 that all share is called batch, other axes by their symbol."""
+    symbols: dict[str, dict[int, str]] = {}
+    for node in inputs_of(graph):
+        value = node.meta.get("val")
+        if isinstance(value, Tensor):
+            free = {axis: str(size) for axis, size in enumerate(value.shape) if isinstance(size, torch.SymInt)}
+            if free:
+                symbols[node.name] = free
+    first = {axes[0] for axes in symbols.values() if 0 in axes}
+    rename = {first.pop(): "batch"} if len(first) == 1 else {}
+    return {name: {axis: rename.get(label, label) for axis, label in axes.items()} for name, axes in symbols.items()}
+
+
+def capture(
+    exported: torch.export.ExportedProgram,
+    calibration: Calibration,
+    rules: TargetRules,
+    *,
+    dynamic: Dynamic | None = None,
+    layer_rules: Sequence[LayerRule] = (),
+    seed: int = 0,
+) -> Program:
+    """The Program of an exported model. `dynamic` gives labels for free axes; None takes them from the export."""
+    graph, names = flatten(exported)
+    return Program(
+        graph=graph,
+        reference=copy_graph(graph),
+        calibration=calibration,
+        rules=rules,
+        output_names=names,
+        dynamic=copy.deepcopy(dict(dynamic)) if dynamic is not None else dynamic_axes(exported, graph),
+        layer_rules=tuple(layer_rules),
+        seed=seed,
+    )
