@@ -1,0 +1,154 @@
+"""Train the reference networks and write their checkpoints and data files to `tests/models`.
+
+    python -m tools.train_reference_models                        # everything, about 15 minutes on 2 cores
+    python -m tools.train_reference_models --models mobilenet     # some of them, and the data files
+
+The seed is fixed, and so is the number of threads, on which the order of floating-point sums depends: the same machine
+and torch give the same weights; another processor may round otherwise and end some thousandths away.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tools.data import Predict, committed_data, digits, digits_accuracy, documentation_bytes, lm_perplexity
+from tools.models import CHECKPOINT_DIR, CONTEXT, FACTORIES, raise_biases, spread
+
+SEED = 0
+THREADS = 2
+DIGITS_EPOCHS = 60
+FINE_TUNE_EPOCHS = 15
+DIGITS_BATCH = 64
+LM_STEPS = 1500
+LM_BATCH = 16
+BACKGROUND = -1.0  # grey level of the digits' paper
+
+
+def predictor(model: nn.Module) -> Predict:
+    """`model`, in eval mode, as the `predict` of `tools.data`'s metrics."""
+    model.eval()
+
+    @torch.no_grad()
+    def predict(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"logits": model(**inputs)}
+
+    return predict  # type: ignore[return-value]  # a dict is a Mapping; argument variance is of no matter here
+
+
+def shift_images(images: Tensor) -> Tensor:
+    """Each image [N, 1, 8, 8] moved by -1, 0 or 1 pixels in both directions, filled with background."""
+    count, _, height, width = images.shape
+    padded = F.pad(images, (1, 1, 1, 1), value=BACKGROUND)
+    dy, dx = torch.randint(3, (2, count, 1, 1))
+    rows = dy + torch.arange(height).view(1, -1, 1)  # [N, H, 1]
+    columns = dx + torch.arange(width)  # [N, 1, W]
+    return padded[torch.arange(count).view(-1, 1, 1), 0, rows, columns].unsqueeze(1)
+
+
+def _schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+    """Linear warm-up over a twentieth of the steps, then a cosine down to zero."""
+    warm_up = max(1, steps // 20)
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min((step + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * min(1.0, step / steps))),
+    )
+
+
+def train_classifier(model: nn.Module, epochs: int, learning_rate: float) -> nn.Module:
+    """Train on the digits in place: AdamW, shifted images, label smoothing."""
+    data = digits()
+    count = len(data.train_x)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
+    schedule = _schedule(optimizer, epochs * (count // DIGITS_BATCH))
+    model.train()
+    for _ in range(epochs):
+        # the incomplete last batch is left out
+        for batch in torch.randperm(count)[: count - count % DIGITS_BATCH].split(DIGITS_BATCH):
+            logits = model(shift_images(data.train_x[batch]))
+            loss = F.cross_entropy(logits, data.train_labels[batch], label_smoothing=0.05)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    return model.eval()
+
+
+def train_lm(model: nn.Module) -> nn.Module:
+    """Train on the documentation's bytes in place: AdamW on random windows; weights end rounded to float16."""
+    text, _ = documentation_bytes()
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}], lr=2e-3, betas=(0.9, 0.98)
+    )
+    schedule = _schedule(optimizer, LM_STEPS)
+    model.train()
+    for step in range(LM_STEPS):
+        starts = torch.randint(len(text) - CONTEXT, (LM_BATCH, 1))
+        window = text[starts + torch.arange(CONTEXT + 1)]
+        logits = model(window[:, :-1])
+        loss = F.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if (step + 1) % 100 == 0:
+            print(f"  step {step + 1}/{LM_STEPS}: perplexity of the batch {math.exp(loss.item()):.2f}", flush=True)
+    return model.half().float().eval()
+
+
+def _mobilenet_high_bias(relu_net: nn.Module) -> nn.Module:
+    return spread(train_classifier(raise_biases(relu_net, SEED), FINE_TUNE_EPOCHS, 5e-4), SEED, log2_std=1.0)
+
+
+def _train(name: str, trained: dict[str, nn.Module]) -> nn.Module:
+    """The network `name`, trained; the variants start from `trained["mobilenet_relu"]`, made when missing."""
+    if name in ("mobilenet_spread", "mobilenet_high_bias") and "mobilenet_relu" not in trained:
+        trained["mobilenet_relu"] = _train("mobilenet_relu", trained)
+    torch.manual_seed(SEED)
+    if name == "mobilenet_spread":
+        return spread(trained["mobilenet_relu"], SEED)
+    if name == "mobilenet_high_bias":
+        return _mobilenet_high_bias(trained["mobilenet_relu"])
+    if name == "opt_lm":
+        return train_lm(FACTORIES[name]())
+    return train_classifier(FACTORIES[name](), DIGITS_EPOCHS, 3e-3)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train, write, and print the table of figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=list(FACTORIES), default=list(FACTORIES))
+    options = parser.parse_args(argv)
+    torch.set_num_threads(THREADS)
+    CHECKPOINT_DIR.mkdir(parents=True, exist_ok=True)
+    for file_name, tensors in committed_data().items():
+        save_file(tensors, CHECKPOINT_DIR / file_name)
+
+    trained: dict[str, nn.Module] = {}
+    print(f"{'network':<22}{'parameters':>11}{'figure':>24}{'seconds':>9}{'bytes':>10}")
+    for name in options.models:
+        begin = time.perf_counter()
+        model = trained[name] = _train(name, trained)
+        seconds = time.perf_counter() - begin
+        metric: Callable[[Predict], dict[str, float]] = lm_perplexity if name == "opt_lm" else digits_accuracy
+        ((label, value),) = metric(predictor(model)).items()
+        stored = model.half() if name == "opt_lm" else model
+        path = CHECKPOINT_DIR / f"{name}.safetensors"
+        save_file(stored.state_dict(), path)
+        parameters = sum(p.numel() for p in model.parameters())
+        figure = f"{label} {value:.4f}"
+        print(f"{name:<22}{parameters:>11,}{figure:>24}{seconds:>9.0f}{path.stat().st_size:>10,}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
