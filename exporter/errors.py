@@ -6,7 +6,7 @@ completed. Faults of passes and runtimes are wrapped into these once, in `export
 
 
 class QExportError(Exception):
-    """A fault that carries `what` happened, `where` (node, file or flag) and the `fix` (what to do); `str()` is one line."""
+    """Carries `what` happened, `where` (node, file or flag) and the `fix` (what to do); `str()` is one line."""
 
     exit_code = 1
 
