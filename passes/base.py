@@ -27,6 +27,8 @@ class TargetRules:
     symmetric_activations  codes are signed with zero point 0
     conv_outputs           a convolution runs on integers only when its output is quantized too
     integer_elementwise    add, concat and average pooling run on integers when all around them is quantized
+    quantized_skip         a residual add rides in a convolution's kernel when its other operand is quantized
+    integer_kinds          layers that have an integer kernel
     dynamic_activations    per-token ranges computed at run time are possible
     weight_zero_point      weights may have a zero point
     linear_bits, conv_bits, embedding_bits   widths of weights the target can store
@@ -37,8 +39,10 @@ class TargetRules:
     symmetric_activations: bool
     conv_outputs: bool
     integer_elementwise: bool
+    quantized_skip: bool
     dynamic_activations: bool
     weight_zero_point: bool
+    integer_kinds: frozenset[str]
     linear_bits: frozenset[int] = frozenset({2, 3, 4, 8})
     conv_bits: frozenset[int] = frozenset({2, 3, 4, 8})
     embedding_bits: frozenset[int] = frozenset({4, 8})
@@ -51,8 +55,10 @@ class TargetRules:
             symmetric_activations=self.symmetric_activations or other.symmetric_activations,
             conv_outputs=self.conv_outputs or other.conv_outputs,
             integer_elementwise=self.integer_elementwise or other.integer_elementwise,
+            quantized_skip=self.quantized_skip and other.quantized_skip,
             dynamic_activations=self.dynamic_activations and other.dynamic_activations,
             weight_zero_point=self.weight_zero_point and other.weight_zero_point,
+            integer_kinds=self.integer_kinds & other.integer_kinds,
             linear_bits=self.linear_bits & other.linear_bits,
             conv_bits=self.conv_bits & other.conv_bits,
             embedding_bits=self.embedding_bits & other.embedding_bits,

@@ -1,0 +1,209 @@
+"""Activation fake-quant nodes: where the integer kernels of a target need them, with ranges from calibration.
+
+Static: one range for a tensor. Placement, by TargetRules:
+ 1. the input of every layer that runs on integers is quantized for that layer;
+ 2. conv_outputs: a convolution's output, taken after its ReLU or cap, is quantized for all its readers;
+ 3. integer_elementwise: so is the output of an add, concat or average pooling whose inputs are all quantized; an
+    operator that only moves values (max pooling, reshape) hands the range of its input on, which changes no value;
+ 4. quantized_skip: where a convolution's output is added to something, that something is quantized and the
+    convolution's output is not: the add then rides in the convolution's kernel.
+Dynamic ("token"): every linear layer's input is quantized row by row with the range it has at run time.
+"""
+
+import dataclasses
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, fx
+
+from passes.base import Pass, PassError, PassResult, Program, Skip
+from passes.calibration import watch_values
+from passes.graph import Layer, add_tensor, aten, call_before, constant_root, single_user
+from passes.ops import FAKE_QUANTIZE, FAKE_QUANTIZE_DYNAMIC
+from passes.ranges import Method, Observer, QuantRange, choose_range
+
+ACTIVATIONS = frozenset({aten.relu.default, aten.hardtanh.default, aten.clamp.default, aten.clamp_min.default})
+MOVES = frozenset(
+    {
+        aten.max_pool1d.default,
+        aten.max_pool2d.default,
+        aten.max_pool3d.default,
+        aten.view.default,
+        aten.reshape.default,
+        aten.flatten.using_ints,
+        aten.squeeze.dims,
+        aten.squeeze.dim,
+        aten.unsqueeze.default,
+        aten.transpose.int,
+        aten.permute.default,
+    }
+)
+ELEMENTWISE = frozenset(
+    {
+        aten.add.Tensor,
+        aten.cat.default,
+        aten.avg_pool2d.default,
+        aten.adaptive_avg_pool2d.default,
+    }
+)
+
+
+@dataclasses.dataclass
+class Point:
+    """A value to be quantized: for which readers (all of them if None), and with whose range."""
+
+    value: fx.Node
+    readers: list[fx.Node] | None
+    range_of: fx.Node
+
+
+@dataclasses.dataclass(frozen=True)
+class ActQuant(Pass):
+    """Options: bits 4 or 8; mode static or token; method minmax, percentile, mse; percentile of values kept."""
+
+    bits: int = 8
+    mode: Literal["static", "token"] = "static"
+    method: Method = "mse"
+    percentile: float = 99.99
+    symmetric: bool = False
+
+    name: ClassVar[str] = "act-quant"
+    summary: ClassVar[str] = "activation fake-quant nodes: static per tensor, or dynamic per token"
+    paper: ClassVar[str] = "arXiv 1806.08342"
+    prerequisites: ClassVar[tuple[str, ...]] = ("fold-bn",)
+
+    def requires(self, program: Program) -> None:
+        """The width must be 4 or 8 and the target must know per-token ranges if they are asked for."""
+        if self.bits not in (4, 8):
+            raise PassError(f"act-quant has no {self.bits}-bit activations", fix="use bits=8 or bits=4")
+        if self.mode == "token" and not program.rules.dynamic_activations:
+            raise PassError(
+                f"target {program.rules.name} has no per-token activations", fix="use act-quant:mode=static"
+            )
+
+    def run(self, program: Program) -> PassResult:
+        """Insert the nodes."""
+        skipped: list[Skip] = []
+        layers: list[Layer] = []
+        for layer in program.layers():
+            if program.is_skipped(layer.name):
+                skipped.append(Skip(layer.name, "left in float by the recipe"))
+            elif layer.kind == "embedding":
+                continue  # its input is an index
+            elif layer.kind not in program.rules.integer_kinds:
+                skipped.append(Skip(layer.name, f"{program.rules.name} has no integer kernel for {layer.kind}"))
+            elif self.mode == "token" and layer.kind != "linear":
+                skipped.append(Skip(layer.name, "a convolution has no per-token ranges: it needs mode=static"))
+            elif layer.input.target in (FAKE_QUANTIZE, FAKE_QUANTIZE_DYNAMIC):
+                skipped.append(Skip(layer.name, "its input is quantized already"))
+            else:
+                layers.append(layer)
+        changed = self._token(program, layers) if self.mode == "token" else self._static(program, layers)
+        return PassResult(tuple(changed), tuple(skipped))
+
+    def _token(self, program: Program, layers: list[Layer]) -> list[str]:
+        done: dict[fx.Node, fx.Node] = {}
+        for layer in layers:
+            value = layer.input
+            if value not in done:
+                done[value] = call_before(program.graph, value.next, FAKE_QUANTIZE_DYNAMIC, (value, self.bits, -1))
+            layer.node.replace_input_with(value, done[value])
+        return [layer.name for layer in layers]
+
+    def _static(self, program: Program, layers: list[Layer]) -> list[str]:
+        points = place(program, layers)
+        ranges = self._ranges(program, points)
+        for point in points:
+            insert(program.graph, point, ranges[point.range_of])
+        return [point.value.name for point in points]
+
+    def _ranges(self, program: Program, points: list[Point]) -> dict[fx.Node, QuantRange]:
+        seen = {point.range_of: Observer() for point in points}
+
+        def see(node: fx.Node, value: Tensor) -> None:
+            if node in seen:
+                seen[node].see(value)
+
+        def count(node: fx.Node, value: Tensor) -> None:
+            if node in seen:
+                seen[node].count(value)
+
+        watch_values(program.graph, program.calibration.batches, see)
+        for node, observer in seen.items():
+            if not (observer.low > float("-inf") and observer.high < float("inf")):
+                raise PassError("its values on the calibration data are not finite", node=node.name)
+        if self.method != "minmax":
+            watch_values(program.graph, program.calibration.batches, count)
+        symmetric = self.symmetric or program.rules.symmetric_activations
+        return {
+            node: choose_range(observer, self.bits, symmetric, self.method, self.percentile)
+            for node, observer in seen.items()
+        }
+
+
+def place(program: Program, layers: list[Layer]) -> list[Point]:
+    """The values to quantize, in the graph's order."""
+    rules = program.rules
+    points: dict[fx.Node, Point] = {}
+    convs = {layer.node for layer in layers if layer.kind == "conv"}
+    inputs: dict[fx.Node, list[fx.Node]] = {}
+    for layer in layers:
+        inputs.setdefault(layer.input, []).append(layer.node)
+    for node in program.graph.graph.nodes:
+        integer_add = node.target in ELEMENTWISE and rules.integer_elementwise and all_quantized(node, points)
+        if (node in convs and rules.conv_outputs) or integer_add:
+            end = after_activation(node)
+            points[end] = Point(end, None, end)
+        elif node.target in MOVES and node.args[0] in points and points[node.args[0]].readers is None:
+            points[node] = Point(node, None, points[node.args[0]].range_of)
+        elif node.target is aten.add.Tensor and rules.quantized_skip:
+            skip = skip_operand(node, convs)
+            if skip is not None:
+                inputs.setdefault(skip, []).append(node)
+        if node in inputs and node not in points:
+            points[node] = Point(node, inputs[node], node)
+    for value, readers in inputs.items():  # a skip found after its value was passed
+        if value not in points:
+            points[value] = Point(value, readers, value)
+    return list(points.values())
+
+
+def after_activation(node: fx.Node) -> fx.Node:
+    """The node behind the ReLU or cap that alone reads `node`, else the node itself."""
+    user = single_user(node)
+    return user if user is not None and user.target in ACTIVATIONS else node
+
+
+def all_quantized(node: fx.Node, points: dict[fx.Node, Point]) -> bool:
+    """True when every tensor the node reads is quantized for all its readers."""
+    return all(value in points and points[value].readers is None for value in node.all_input_nodes)
+
+
+def skip_operand(node: fx.Node, convs: set[fx.Node]) -> fx.Node | None:
+    """The operand of a residual add to quantize: the one that is not the (last) convolution's output."""
+    left, right = node.args[0], node.args[1]
+    if not isinstance(left, fx.Node) or not isinstance(right, fx.Node):
+        return None
+    if constant_root(left) is not None or constant_root(right) is not None:
+        return None
+    fused = [value for value in (left, right) if value in convs and single_user(value) is node]
+    if not fused:
+        return None
+    last = max(fused)
+    return right if last is left else left
+
+
+def insert(graph: fx.GraphModule, point: Point, chosen: QuantRange) -> None:
+    """Put a fake_quantize node behind the value and give it to the point's readers."""
+    following = point.value.next
+    while following.op == "placeholder":
+        following = following.next
+    name = f"quantizers.{point.value.name}"
+    scale = add_tensor(graph, f"{name}.scale", torch.tensor(chosen.scale, dtype=torch.float32), following)
+    zero_point = add_tensor(graph, f"{name}.zero_point", torch.tensor(chosen.zero_point, dtype=torch.int32), following)
+    args = (point.value, scale, zero_point, chosen.quant_min, chosen.quant_max)
+    node = call_before(graph, following, FAKE_QUANTIZE, args)
+    node.meta["val"] = point.value.meta.get("val")
+    for reader in point.readers if point.readers is not None else list(point.value.users):
+        if reader is not node:
+            reader.replace_input_with(point.value, node)

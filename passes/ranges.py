@@ -1,0 +1,92 @@
+"""From observed values to a scale and a zero point.
+
+    asymmetric   s = (hi - lo) / (2^b - 1),  z = round(-lo / s),  codes in [0, 2^b - 1]
+    symmetric    s = max|x| / (2^(b-1) - 1), z = 0,               codes in [-2^(b-1), 2^(b-1) - 1]
+
+[lo, hi] always holds 0, so that zero (padding, ReLU) is exact. It is the observed range (minmax), the range without the
+outermost share of the values (percentile), or the shrunken range whose rounding and clipping error, summed over the
+histogram, is smallest (mse).
+"""
+
+import dataclasses
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Method = Literal["minmax", "percentile", "mse"]
+
+BINS = 2048
+SHRINKS = torch.linspace(1.0, 0.3, 71)  # candidate shares of the observed range; the first is the whole
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantRange:
+    """How a tensor is quantized: real = (code - zero_point) scale, codes in [quant_min, quant_max]."""
+
+    scale: float
+    zero_point: int
+    quant_min: int
+    quant_max: int
+
+
+@dataclasses.dataclass
+class Observer:
+    """Extremes of a tensor, then its histogram between them: two visits to the same data."""
+
+    low: float = float("inf")
+    high: float = float("-inf")
+    counts: Tensor | None = None
+
+    def see(self, value: Tensor) -> None:
+        """First visit: widen the extremes."""
+        low, high = torch.aminmax(value)
+        self.low, self.high = min(self.low, low.item()), max(self.high, high.item())
+
+    def count(self, value: Tensor) -> None:
+        """Second visit: count values into equal bins between the extremes."""
+        if self.counts is None:
+            self.counts = torch.zeros(BINS, dtype=torch.float64)
+        if self.high > self.low:
+            self.counts += torch.histc(value.float(), BINS, self.low, self.high).double()
+
+
+def choose_range(seen: Observer, bits: int, symmetric: bool, method: Method, percentile: float) -> QuantRange:
+    """The range of `bits` bits for what an observer saw; `percentile` is the share of values kept, in percent."""
+    low, high = min(seen.low, 0.0), max(seen.high, 0.0)
+    counts = seen.counts
+    if method == "minmax" or counts is None or high == low:
+        return as_range(low, high, bits, symmetric)
+    centers = seen.low + (torch.arange(BINS, dtype=torch.float64) + 0.5) * ((seen.high - seen.low) / BINS)
+    if method == "percentile":
+        share = counts.cumsum(0) / counts.sum()
+        tail = (1 - percentile / 100) / (2 if seen.low < 0 < seen.high else 1)
+        kept = centers[(share >= tail) & (share <= 1 - tail)] if seen.low < 0 else centers[share <= 1 - tail]
+        if kept.numel():
+            low, high = min(kept.min().item(), 0.0), max(kept.max().item(), 0.0)
+        return as_range(low, high, bits, symmetric)
+    candidates = [as_range(low * f, high * f, bits, symmetric) for f in SHRINKS.tolist()]
+    if not symmetric and low < 0 < high:
+        # The two ends are searched one after the other: a heavy tail on one side should not cost the other.
+        ends = [as_range(low * f, high, bits, symmetric) for f in SHRINKS.tolist()]
+        ends += [as_range(low, high * f, bits, symmetric) for f in SHRINKS.tolist()]
+        candidates += ends
+    return min(candidates, key=lambda candidate: expected_error(candidate, centers, counts))
+
+
+def as_range(low: float, high: float, bits: int, symmetric: bool) -> QuantRange:
+    """The range that covers [low, high], which holds 0."""
+    if symmetric:
+        top = 2 ** (bits - 1) - 1
+        scale = max(-low, high) / top
+        return QuantRange(scale or 1.0, 0, -top - 1, top)
+    top = 2**bits - 1
+    scale = (high - low) / top
+    return QuantRange(scale or 1.0, round(-low / scale) if scale else 0, 0, top)
+
+
+def expected_error(candidate: QuantRange, centers: Tensor, counts: Tensor) -> float:
+    """Sum of squared quantization errors over the histogram."""
+    codes = torch.round(centers / candidate.scale) + candidate.zero_point
+    value = (codes.clamp(candidate.quant_min, candidate.quant_max) - candidate.zero_point) * candidate.scale
+    return float(((value - centers).square() * counts).sum())
