@@ -1,0 +1,67 @@
+"""What every runtime offers: load an artifact, feed it named arrays, get named arrays back."""
+
+import abc
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.generic]
+
+
+class RuntimeFault(Exception):
+    """An engine is missing, refused an artifact or failed; `what` is one line, `fix` says what to do about it."""
+
+    def __init__(self, what: str, *, fix: str = "") -> None:
+        super().__init__(what, fix)
+        self.what = " ".join(what.split())
+        self.fix = fix
+
+    def __str__(self) -> str:
+        return f"{self.what}; {self.fix}" if self.fix else self.what
+
+
+@dataclasses.dataclass(frozen=True)
+class Artifact:
+    """What a backend wrote.
+
+    runtime  key in `runtimes.RUNTIMES` of what runs it
+    model    the file to load; files it refers to lie beside it
+    inputs   names to feed, in order
+    outputs  names to get back, in order
+    """
+
+    runtime: str
+    model: Path
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+class Session(abc.ABC):
+    """A loaded artifact, ready to run."""
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+    @abc.abstractmethod
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Outputs by name, in the artifact's order. Raises RuntimeFault when a feed does not fit or the engine fails."""
+
+    def check(self, feeds: Mapping[str, Array]) -> None:
+        """Raise RuntimeFault unless exactly the session's inputs are fed."""
+        missing = [name for name in self.inputs if name not in feeds]
+        unknown = [name for name in feeds if name not in self.inputs]
+        if missing or unknown:
+            parts = [f"missing {', '.join(missing)}"] if missing else []
+            parts += [f"unknown {', '.join(unknown)}"] if unknown else []
+            raise RuntimeFault(f"inputs do not fit: {'; '.join(parts)}", fix=f"feed {', '.join(self.inputs)}")
+
+
+class Runtime(abc.ABC):
+    """One engine with its settings."""
+
+    @abc.abstractmethod
+    def load(self, artifact: Artifact) -> Session:
+        """Load an artifact. Raises RuntimeFault when the engine is missing here or refuses the file."""
