@@ -297,80 +297,22 @@ def is_range_name(text: str) -> bool:
     return bool(re.fullmatch(r"(u|zuf)\d{1,6}|(?!u|zuf)[\w +*/%(),.-]{1,1000}", text))
 
 
-CALLABLES = frozenset(
-    {
-        "Integer",
-        "Rational",
-        "Add",
-        "Mul",
-        "Pow",
-        "Max",
-        "Min",
-        "Abs",
-        "floor",
-        "ceiling",
-        "And",
-        "Or",
-        "Not",
-        "Xor",
-        "Equality",
-        "Unequality",
-        "Eq",
-        "Ne",
-        "Lt",
-        "Le",
-        "Gt",
-        "Ge",
-        "StrictLessThan",
-        "StrictGreaterThan",
-        "LessThan",
-        "GreaterThan",
-        "FloorDiv",
-        "ModularIndexing",
-        "Where",
-        "PythonMod",
-        "Mod",
-        "CleanDiv",
-        "CeilToInt",
-        "FloorToInt",
-        "CeilDiv",
-        "LShift",
-        "RShift",
-        "PowByNatural",
-        "FloatPow",
-        "FloatTrueDiv",
-        "IntTrueDiv",
-        "IsNonOverlappingAndDenseIndicator",
-        "TruncToFloat",
-        "TruncToInt",
-        "RoundToInt",
-        "RoundDecimal",
-        "ToFloat",
-        "Identity",
-    }
-)
+# fmt: off
+CALLABLES = frozenset((
+    "Integer", "Rational", "Add", "Mul", "Pow", "Max", "Min", "Abs", "floor", "ceiling", "And", "Or", "Not", "Xor",
+    "Equality", "Unequality", "Eq", "Ne", "Lt", "Le", "Gt", "Ge", "StrictLessThan", "StrictGreaterThan", "LessThan",
+    "GreaterThan", "FloorDiv", "ModularIndexing", "Where", "PythonMod", "Mod", "CleanDiv", "CeilToInt", "FloorToInt",
+    "CeilDiv", "LShift", "RShift", "PowByNatural", "FloatPow", "FloatTrueDiv", "IntTrueDiv",
+    "IsNonOverlappingAndDenseIndicator", "TruncToFloat", "TruncToInt", "RoundToInt", "RoundDecimal", "ToFloat",
+    "Identity",
+))
 POWERS = frozenset({"Pow", "PowByNatural", "FloatPow", "LShift", "RShift"})
 CONSTANTS = frozenset({"true", "false", "oo", "nan", "zoo"})
-ASSUMPTIONS = frozenset(
-    {
-        "integer",
-        "positive",
-        "negative",
-        "nonnegative",
-        "nonpositive",
-        "zero",
-        "nonzero",
-        "real",
-        "extended_real",
-        "finite",
-        "infinite",
-        "rational",
-        "even",
-        "odd",
-        "commutative",
-        "complex",
-    }
-)
+ASSUMPTIONS = frozenset((
+    "integer", "positive", "negative", "nonnegative", "nonpositive", "zero", "nonzero", "real", "extended_real",
+    "finite", "infinite", "rational", "even", "odd", "commutative", "complex",
+))
+# fmt: on
 
 
 def is_expression(text: str) -> bool:
@@ -417,38 +359,15 @@ def _is_small_exponent(node: ast.expr) -> bool:
     return len(nested) <= 1 and all(literal <= MAX_EXPONENT for literal in literals)
 
 
-PLAIN_FUNCTIONS = frozenset(
-    {
-        "_operator.eq",
-        "_operator.ne",
-        "_operator.le",
-        "_operator.ge",
-        "_operator.lt",
-        "_operator.gt",
-        "_operator.neg",
-        "_operator.pos",
-        "_operator.mul",
-        "_operator.add",
-        "_operator.sub",
-        "_operator.floordiv",
-        "_operator.mod",
-        "_operator.pow",
-        "_operator.truediv",
-        "_operator.and_",
-        "_operator.or_",
-        "_operator.lshift",
-        "_operator.rshift",
-        "_operator.getitem",
-        "torch.sym_not",
-        "torch.sym_int",
-        "torch.sym_float",
-        "torch.sym_ite",
-        "torch.sym_max",
-        "torch.sym_min",
-        "torch.sym_sqrt",
-        "math.trunc",
-    }
-)
+# fmt: off
+PLAIN_FUNCTIONS = frozenset((
+    "_operator.eq", "_operator.ne", "_operator.le", "_operator.ge", "_operator.lt", "_operator.gt", "_operator.neg",
+    "_operator.pos", "_operator.mul", "_operator.add", "_operator.sub", "_operator.floordiv", "_operator.mod",
+    "_operator.pow", "_operator.truediv", "_operator.and_", "_operator.or_", "_operator.lshift", "_operator.rshift",
+    "_operator.getitem", "torch.sym_not", "torch.sym_int", "torch.sym_float", "torch.sym_ite", "torch.sym_max",
+    "torch.sym_min", "torch.sym_sqrt", "math.trunc",
+))
+# fmt: on
 HIGHER_ORDER = frozenset(
     {
         "torch.ops.higher_order.wrap_with_set_grad_enabled",
