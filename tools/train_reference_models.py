@@ -43,14 +43,19 @@ def predictor(model: nn.Module) -> Predict:
     return predict  # type: ignore[return-value]  # a dict is a Mapping; argument variance is of no matter here
 
 
-def shift_images(images: Tensor) -> Tensor:
-    """Each image [N, 1, 8, 8] moved by -1, 0 or 1 pixels in both directions, filled with background."""
-    count, _, height, width = images.shape
-    padded = F.pad(images, (1, 1, 1, 1), value=BACKGROUND)
-    dy, dx = torch.randint(3, (2, count, 1, 1))
-    rows = dy + torch.arange(height).view(1, -1, 1)  # [N, H, 1]
-    columns = dx + torch.arange(width)  # [N, 1, W]
-    return padded[torch.arange(count).view(-1, 1, 1), 0, rows, columns].unsqueeze(1)
+def jitter_images(images: Tensor) -> Tensor:
+    """Each image [N, 1, 8, 8] under its own small rotation, scaling, shear and shift of up to a pixel."""
+    count = len(images)
+    angle, scale, shear = 0.12 * torch.randn(count), 1 + 0.08 * torch.randn(count), 0.1 * torch.randn(count)
+    transform = torch.zeros(count, 2, 3)
+    transform[:, 0, 0] = scale * angle.cos()
+    transform[:, 0, 1] = shear - angle.sin()
+    transform[:, 1, 0] = angle.sin()
+    transform[:, 1, 1] = scale * angle.cos()
+    transform[:, :, 2] = 0.5 * torch.rand(count, 2) - 0.25  # the image is 2 wide in these coordinates
+    grid = F.affine_grid(transform, list(images.shape), align_corners=False)
+    # sampling fills with 0, which must mean background
+    return F.grid_sample(images - BACKGROUND, grid, align_corners=False) + BACKGROUND
 
 
 def _schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
@@ -63,7 +68,7 @@ def _schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_sc
 
 
 def train_classifier(model: nn.Module, epochs: int, learning_rate: float) -> nn.Module:
-    """Train on the digits in place: AdamW, shifted images, label smoothing."""
+    """Train on the digits in place: AdamW, jittered images, label smoothing."""
     data = digits()
     count = len(data.train_x)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
@@ -72,7 +77,7 @@ def train_classifier(model: nn.Module, epochs: int, learning_rate: float) -> nn.
     for _ in range(epochs):
         # the incomplete last batch is left out
         for batch in torch.randperm(count)[: count - count % DIGITS_BATCH].split(DIGITS_BATCH):
-            logits = model(shift_images(data.train_x[batch]))
+            logits = model(jitter_images(data.train_x[batch]))
             loss = F.cross_entropy(logits, data.train_labels[batch], label_smoothing=0.05)
             optimizer.zero_grad()
             loss.backward()
