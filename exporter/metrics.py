@@ -30,7 +30,7 @@ BLOCK = 1 << 20
 
 @dataclasses.dataclass(frozen=True)
 class Figures:
-    """The figures of the module's docstring; `nonfinite` counts entries that are NaN or infinite in one of the two only."""
+    """The figures named above; `nonfinite` counts entries that are NaN or infinite in one of the two only."""
 
     sqnr_db: float
     cosine: float

@@ -47,7 +47,7 @@ class Session(abc.ABC):
 
     @abc.abstractmethod
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Outputs by name, in the artifact's order. Raises RuntimeFault when a feed does not fit or the engine fails."""
+        """Outputs by name, in order. Raises RuntimeFault when the feeds do not fit or the engine fails."""
 
     def check(self, feeds: Mapping[str, Array]) -> None:
         """Raise RuntimeFault unless exactly the session's inputs are fed."""

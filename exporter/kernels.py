@@ -1,0 +1,129 @@
+"""Which kernel of onnxruntime runs each quantized layer, read from the graph that onnxruntime made of the file.
+
+A layer is known in the file by the initializer of its codes, `<layer>.weight_codes`. It is found again in the optimized
+graph by what survives fusion (onnxruntime 1.31):
+
+    1. the initializer: QLinearConv, QGemm, MatMulIntegerToFloat and DynamicQuantizeMatMul keep its name, MatMulNBits
+       repacks it under its name and a suffix (`..._T`);
+    2. the node that multiplies: fused kernels take its name, moved ones with a suffix (`..._token_3`); needed where the
+       codes were transposed or decoded while loading, and got a name that tells nothing;
+    3. that node's output.
+
+A node that reads constants only was not folded while loading: it repeats the same work at every run, for a weight's
+DequantizeLinear at a multiple of the layer's own time.
+"""
+
+import dataclasses
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import onnx
+
+from runtimes.base import Artifact
+from runtimes.ort import OnnxRuntime
+
+CODES = ".weight_codes"
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """A node of a graph; `constants` are those of its inputs that are initializers."""
+
+    op: str
+    domain: str
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    constants: tuple[str, ...]
+
+
+def kernels_in(model: onnx.ModelProto) -> tuple[Kernel, ...]:
+    """The nodes of a model's main graph in order."""
+    overridable = {value.name for value in model.graph.input}
+    constants = {tensor.name for tensor in model.graph.initializer} - overridable
+    return tuple(
+        Kernel(
+            op=node.op_type,
+            domain=node.domain,
+            name=node.name,
+            inputs=tuple(node.input),
+            outputs=tuple(node.output),
+            constants=tuple(name for name in node.input if name in constants),
+        )
+        for node in model.graph.node
+    )
+
+
+def optimized_kernels(artifact: Artifact, runtime: OnnxRuntime | None = None) -> tuple[Kernel, ...]:
+    """What `runtime` (default: the CPU as shipped) runs for the artifact. Raises RuntimeFault when it is refused."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "optimized.onnx"
+        (runtime or OnnxRuntime()).write_optimized(artifact, path)
+        return kernels_in(onnx.load(path, load_external_data=False))
+
+
+def kernel_of_layers(model: Path, optimized: Sequence[Kernel]) -> dict[str, str | None]:
+    """{layer: kernel} of every `<layer>.weight_codes` in the file; None where nothing of the layer was found again.
+
+    A weight that is prepared at every run shows it: "DequantizeLinear+Gemm". One used twice names both kernels.
+    """
+    written = onnx.load(model, load_external_data=False)
+    names = [tensor.name for tensor in written.graph.initializer if tensor.name.endswith(CODES)]
+    before, after = _Readers(kernels_in(written)), _Readers(optimized)
+    return {name.removesuffix(CODES): _kernel(name, names, before, after) for name in names}
+
+
+def weight_dequantize_left(kernels: Sequence[Kernel]) -> tuple[Kernel, ...]:
+    """Nodes that read constants only: in an optimized graph, work that is repeated at every run."""
+    constant: set[str] = set()
+    found = []
+    for kernel in kernels:
+        inputs = [name for name in kernel.inputs if name]
+        if inputs and all(name in constant or name in kernel.constants for name in inputs):
+            constant.update(kernel.outputs)
+            found.append(kernel)
+    return tuple(found)
+
+
+class _Readers:
+    """Who reads a value, of all the kernels of a graph."""
+
+    def __init__(self, kernels: Sequence[Kernel]) -> None:
+        self.kernels = tuple(kernels)
+        self._prepare = frozenset(weight_dequantize_left(kernels))
+        self._of: dict[str, list[Kernel]] = {}
+        for kernel in kernels:
+            for name in dict.fromkeys(kernel.inputs):
+                self._of.setdefault(name, []).append(kernel)
+
+    def paths(self, constant: str) -> Iterator[tuple[Kernel, ...]]:
+        """Every way from a constant to a node that reads more than constants: those that prepare it, then that node."""
+        for kernel in self._of.get(constant, []):
+            if kernel not in self._prepare:
+                yield (kernel,)
+                continue
+            for output in kernel.outputs:
+                for rest in self.paths(output):
+                    yield (kernel, *rest)
+
+
+def _kernel(codes: str, all_codes: Sequence[str], before: _Readers, after: _Readers) -> str | None:
+    others = tuple(name for name in all_codes if name != codes and name.startswith(codes))
+    names = {
+        name
+        for kernel in after.kernels
+        for name in kernel.constants
+        if (name == codes or name.startswith(f"{codes}_")) and not name.startswith(others)
+    }
+    found = [path for name in sorted(names) for path in after.paths(name)]
+    if not found:
+        origins = [path[-1] for path in before.paths(codes)]
+        found = [(kernel,) for kernel in after.kernels if any(_same(origin, kernel) for origin in origins)]
+    return ", ".join(dict.fromkeys("+".join(kernel.op for kernel in path) for path in found)) or None
+
+
+def _same(origin: Kernel, kernel: Kernel) -> bool:
+    if origin.name and (kernel.name == origin.name or kernel.name.startswith(f"{origin.name}_token_")):
+        return True
+    return any(output in kernel.outputs for output in origin.outputs)
