@@ -38,16 +38,17 @@ class Stream:
 
     def __init__(self, graph: fx.GraphModule, batches: Sequence[Batch]) -> None:
         self._interpreters = [fx.Interpreter(graph, garbage_collect_values=False) for _ in batches]
-        self._feeds = [iter([batch[node.name] for node in inputs_of(graph)]) for batch in batches]
-        for interpreter, feed in zip(self._interpreters, self._feeds, strict=True):
-            interpreter.args_iter = feed
-        self._next: fx.Node = next(iter(graph.graph.nodes))
+        for interpreter, batch in zip(self._interpreters, batches, strict=True):
+            interpreter.args_iter = iter(_arguments(graph, batch))
+        self._nodes = graph.graph.nodes
+        self._last: fx.Node | None = None  # the last node that ran: what is inserted behind it still runs
 
     def advance(self, until: fx.Node) -> None:
         """Run everything in front of `until`."""
-        while self._next is not until:
-            self._run(self._next)
-            self._next = self._next.next
+        node = next(iter(self._nodes)) if self._last is None else self._last.next
+        while node is not until:
+            self._run(node)
+            self._last, node = node, node.next
 
     def values(self, node: fx.Node) -> list[Tensor]:
         """The value of a node that has run, for each batch."""
@@ -59,7 +60,7 @@ class Stream:
                 interpreter.env[node] = interpreter.run_node(node)
             for value in node.all_input_nodes:
                 # A get_attr costs nothing to keep; anything else goes once its last reader has run.
-                if value.op != "get_attr" and all(user in interpreter.env for user in value.users):
+                if value.op != "get_attr" and not any(user > node for user in value.users):
                     interpreter.env.pop(value, None)
             if not node.users and node.op != "output":
                 del interpreter.env[node]
@@ -67,9 +68,13 @@ class Stream:
 
 def run_graph(graph: fx.GraphModule, batches: Sequence[Batch]) -> list[tuple[Tensor, ...]]:
     """The graph's outputs for each batch."""
-    names = [node.name for node in inputs_of(graph)]
     with torch.no_grad():
-        return [tuple(graph(*(batch[name] for name in names))) for batch in batches]
+        return [tuple(graph(*_arguments(graph, batch))) for batch in batches]
+
+
+def _arguments(graph: fx.GraphModule, batch: Batch) -> list[Tensor]:
+    # A placeholder's target is the input's name; its node's name may differ (fx calls "input" "input_1").
+    return [batch[str(node.target)] for node in inputs_of(graph)]
 
 
 class _Tap(fx.Interpreter):
@@ -85,10 +90,9 @@ class _Tap(fx.Interpreter):
 
 def watch_values(graph: fx.GraphModule, batches: Sequence[Batch], watch: Callable[[fx.Node, Any], None]) -> None:
     """Run the graph batch by batch and show `watch` every node's value as it is computed."""
-    names = [node.name for node in inputs_of(graph)]
     for batch in batches:
         with torch.no_grad():
-            _Tap(graph, watch).run(*(batch[name] for name in names))
+            _Tap(graph, watch).run(*_arguments(graph, batch))
 
 
 def cut(samples: Mapping[str, Tensor], size: int) -> Iterator[dict[str, Tensor]]:

@@ -74,7 +74,11 @@ class Layer:
 
 
 def find_layers(graph: fx.GraphModule) -> list[Layer]:
-    """Every layer in the graph's order, each under a name of its own (its module's path where it has one)."""
+    """Every layer in the graph's order, each under a name of its own (its module's path where it has one).
+
+    A layer keeps the name it was first found under: it is noted on the node, because passes replace the weights that
+    names come from.
+    """
     layers: list[Layer] = []
     seen: dict[str, int] = {}
     for node in graph.graph.nodes:
@@ -82,7 +86,8 @@ def find_layers(graph: fx.GraphModule) -> list[Layer]:
         if layer is None:
             continue
         count = seen[layer.name] = seen.get(layer.name, 0) + 1
-        layers.append(layer if count == 1 else dataclasses.replace(layer, name=f"{layer.name}@{count}"))
+        unique = layer.name if count == 1 else f"{layer.name}@{count}"
+        layers.append(dataclasses.replace(layer, name=node.meta.setdefault("layer_name", unique)))
     return layers
 
 
@@ -159,19 +164,21 @@ def add_tensor(graph: fx.GraphModule, name: str, value: Tensor, before: fx.Node)
     """Register `value` as a buffer near `name` (made unique) and return a new get_attr node in front of `before`."""
     path, _, leaf = name.rpartition(".")
     owner: nn.Module = graph
+    parts: list[str] = []
     for part in path.split(".") if path else []:
-        child = getattr(owner, part, None)
-        if child is None:
-            child = nn.Module()
-            owner.add_module(part, child)
-        owner = child
+        while not isinstance(getattr(owner, part, nn.Module()), nn.Module):
+            part += "_"  # taken by a parameter that gave its layer this name
+        if not hasattr(owner, part):
+            owner.add_module(part, nn.Module())
+        owner = getattr(owner, part)
+        parts.append(part)
     unique, count = leaf, 1
     while hasattr(owner, unique):
         count += 1
         unique = f"{leaf}_{count}"
     owner.register_buffer(unique, value.detach().contiguous())
     with graph.graph.inserting_before(before):
-        node = graph.graph.get_attr(f"{path}.{unique}" if path else unique)
+        node = graph.graph.get_attr(".".join([*parts, unique]))
     node.meta["val"] = value
     return node
 
@@ -198,6 +205,27 @@ def set_bias(graph: fx.GraphModule, layer: Layer, value: Tensor) -> None:
         raise ValueError(f"{layer.name} ({layer.node.target}) has no bias argument")
     node = add_tensor(graph, f"{_slot(layer)}.bias", value, layer.node)
     set_argument(layer.node, layer.bias_arg, node)
+
+
+def give_bias(graph: fx.GraphModule, layer: Layer, value: Tensor) -> Layer:
+    """set_bias for any layer: an mm or a matmul of rank 2 becomes an addmm. Returns the layer as it is now.
+
+    Raises ValueError for a matmul of higher rank, which has no form with a bias.
+    """
+    if layer.bias_arg is None and can_take_bias(layer):
+        node = layer.node
+        node.target, node.args = aten.addmm.default, (None, *node.args)
+        layer = dataclasses.replace(layer, input_arg=1, weight_arg=2, bias_arg=0)
+    set_bias(graph, layer, value)
+    return layer
+
+
+def can_take_bias(layer: Layer) -> bool:
+    """True when give_bias works on the layer."""
+    if layer.bias_arg is not None or layer.kind != "linear":
+        return layer.bias_arg is not None
+    value = layer.node.meta.get("val")
+    return isinstance(value, Tensor) and value.dim() == 2
 
 
 def _slot(layer: Layer) -> str:
@@ -254,4 +282,3 @@ def copy_graph(graph: fx.GraphModule) -> fx.GraphModule:
     nodes = fx.Graph()
     nodes.output(nodes.graph_copy(graph.graph, {}))
     return fx.GraphModule(graph, nodes)
-
