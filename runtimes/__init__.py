@@ -4,5 +4,7 @@ from collections.abc import Mapping
 
 from runtimes.base import Runtime
 from runtimes.ort import OnnxRuntime
+from runtimes.trt import TensorRT
 
-RUNTIMES: Mapping[str, type[Runtime]] = {"onnxruntime": OnnxRuntime}
+RUNTIMES: Mapping[str, type[Runtime]] = {"onnxruntime": OnnxRuntime, "tensorrt": TensorRT}
+"""What runs an artifact, by `Artifact.runtime`."""
