@@ -43,7 +43,7 @@ class Digits(NamedTuple):
 
 def digits() -> Digits:
     """Scikit-learn's 1797 digits, shuffled with a fixed seed: 1097 to train on, 700 to test on."""
-    from sklearn.datasets import load_digits  # type: ignore[import-untyped]  # scikit-learn ships no type hints
+    from sklearn.datasets import load_digits
 
     source = load_digits()
     images = torch.tensor(source.images, dtype=torch.float32).unsqueeze(1) / 8 - 1  # grey levels 0..16
@@ -56,8 +56,8 @@ def digits() -> Digits:
 def documentation_bytes() -> tuple[Tensor, Tensor]:
     """The topics of pydoc_data as bytes: (training part [n], held-out last tenth [m]), int64.
 
-    Topics repeat each other's sections. A paragraph is kept once, whatever its indentation, so that the held-out part is
-    not a copy of what was trained on.
+    Topics repeat each other's sections. A paragraph is kept once, whatever its indentation, so that the held-out part
+    is not a copy of what was trained on.
     """
     from pydoc_data.topics import topics
 
@@ -105,14 +105,20 @@ def _only_output(outputs: Mapping[str, Any]) -> Tensor:
 
 
 def digits_accuracy(predict: Predict, batch: int = 100) -> dict[str, float]:
-    """{"accuracy": fraction of the 700 test images that are classified right}; predict: {"x": [n, 1, 8, 8]} -> {name: logits}."""
+    """Fraction of the 700 test images that `predict` classifies right, as {"accuracy": fraction}.
+
+    `predict` takes {"x": [n, 1, 8, 8]} and returns {any name: logits [n, 10]}, tensor or array; n is at most `batch`.
+    """
     test = load_file(DIGITS_TEST_FILE)
     classes = [_only_output(predict({"x": x})).argmax(-1) for x in test["x"].split(batch)]
     return {"accuracy": float((torch.cat(classes) == test["labels"]).double().mean())}
 
 
 def lm_perplexity(predict: Predict, batch: int = 16) -> dict[str, float]:
-    """{"perplexity": per byte, over 64 held-out windows}; predict: {"tokens": [n, 128] int64} -> {name: logits [n, 128, 256]}."""
+    """Perplexity per byte over 64 held-out windows of 128, as {"perplexity": value}.
+
+    `predict` takes {"tokens": [n, 128] int64} and returns {any name: logits [n, 128, 256]}, tensor or array.
+    """
     total, count = 0.0, 0
     for window in load_file(LM_TEST_FILE)["tokens"].split(batch):
         logits = _only_output(predict({"tokens": window[:, :-1].contiguous()}))

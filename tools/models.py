@@ -1,16 +1,17 @@
-"""The reference networks, as plain factories: `--factory tools.models:mobilenet` and a checkpoint of `tests/models` make a model.
+"""The reference networks, as plain factories: `--factory tools.models:mobilenet` with a checkpoint of `tests/models`.
 
-| factory          | network                                                                   | input                   |
-|------------------|---------------------------------------------------------------------------|-------------------------|
-| mobilenet        | inverted residuals, batch norm, ReLU6 (Sandler et al., arXiv 1801.04381)  | x [N, 1, 8, 8]          |
-| mobilenet_relu   | the same with ReLU; also the architecture of the two variants below       | x [N, 1, 8, 8]          |
-| residual_cnn     | basic blocks, max pooling (He et al., arXiv 1512.03385)                   | x [N, 1, 8, 8]          |
-| opt_lm           | decoder-only, pre-LayerNorm, ReLU FFN (Zhang et al., arXiv 2205.01068)    | tokens [N, T] int64     |
+| factory        | network                                                                  | input                |
+|----------------|--------------------------------------------------------------------------|----------------------|
+| mobilenet      | inverted residuals, batch norm, ReLU6 (Sandler et al., arXiv 1801.04381) | x [N, 1, 8, 8]       |
+| mobilenet_relu | the same with ReLU; also the architecture of the two variants below      | x [N, 1, 8, 8]       |
+| residual_cnn   | basic blocks, max pooling (He et al., arXiv 1512.03385)                  | x [N, 1, 8, 8]       |
+| opt_lm         | decoder-only, pre-LayerNorm, ReLU FFN (Zhang et al., arXiv 2205.01068)   | tokens [N, T] int64  |
 
-Two variants of a ReLU mobilenet are hard to quantize on purpose (Nagel et al., arXiv 1906.04721, sections 3.1 and 4.1.3).
+Two variants of a ReLU mobilenet are hard to quantize on purpose (Nagel et al., arXiv 1906.04721).
 Inside a block, y = D relu(B relu(A x + a) + b) with A, B the expansion and depthwise layers, batch norm included:
 
-- `spread`: relu(s z) = s relu(z) for s > 0, so A, a -> S A, S a and B -> B S^-1 keep the function and spread the channel ranges;
+- `spread`: relu(s z) = s relu(z) for s > 0, so A, a -> S A, S a and B -> B S^-1 keep the function, and spread the
+  channel ranges;
 - `raise_biases`: where a channel stays positive relu is the identity, so a -> a + c there and b -> b - B c keep it, but
   for the border of a zero-padded convolution (which sees 0, not c) and for channels that used to be cut at zero.
 """
@@ -49,11 +50,11 @@ def _seeded(factory: Factory) -> Factory:
     return build
 
 
-# ---- convolutional networks -------------------------------------------------------------------------------------------
+# ---- convolutional networks -----------------------------------------------------------------------------------------
 
 
 class ConvNormAct(nn.Module):
-    """Convolution without bias, batch norm, and an optional activation; zero padding that keeps the size at stride 1."""
+    """Convolution without bias, batch norm, and an activation; zero padding keeps the size at stride 1."""
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel: int, activation: nn.Module, stride: int = 1, groups: int = 1
@@ -89,7 +90,7 @@ class InvertedResidual(nn.Module):
 
 
 class MobileNet(nn.Module):
-    """MobileNetV2 for 8x8 images: stem, six inverted residual blocks, 1x1 head, global average pool, linear classifier."""
+    """MobileNetV2 for 8x8 images: stem, six inverted residual blocks, 1x1 head, average pool, classifier."""
 
     # (expansion, output channels, stride); blocks 2, 4 and 6 add their input
     BLOCKS = ((4, 24, 1), (6, 24, 1), (6, 32, 2), (6, 32, 1), (6, 48, 2), (6, 48, 1))
@@ -135,7 +136,7 @@ class BasicBlock(nn.Module):
 
 
 class ResidualCNN(nn.Module):
-    """A small ResNet for 8x8 images: stem, 3x3 max pooling to 4x4, three basic blocks, global average pool, classifier."""
+    """A small ResNet for 8x8 images: stem, 3x3 max pooling to 4x4, three basic blocks, average pool, classifier."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -153,7 +154,7 @@ class ResidualCNN(nn.Module):
         return logits
 
 
-# ---- language model ---------------------------------------------------------------------------------------------------
+# ---- language model -------------------------------------------------------------------------------------------------
 
 
 class Attention(nn.Module):
@@ -169,7 +170,8 @@ class Attention(nn.Module):
 
     def _split(self, x: Tensor) -> Tensor:
         """[N, T, dim] -> [N, heads, T, dim / heads]."""
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        batch, length, _ = x.shape
+        return x.view(batch, length, self.heads, -1).transpose(1, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, T, dim] -> [N, T, dim]; position t sees positions up to t."""
@@ -195,7 +197,8 @@ class DecoderLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[N, T, dim] -> [N, T, dim]."""
         x = x + self.dropout(self.self_attn(self.self_attn_layer_norm(x)))
-        return x + self.dropout(self.fc2(self.relu(self.fc1(self.final_layer_norm(x)))))
+        y: Tensor = self.dropout(self.fc2(self.relu(self.fc1(self.final_layer_norm(x)))))
+        return x + y
 
 
 class OptLM(nn.Module):
@@ -219,7 +222,7 @@ class OptLM(nn.Module):
         return logits
 
 
-# ---- factories --------------------------------------------------------------------------------------------------------
+# ---- factories ------------------------------------------------------------------------------------------------------
 
 
 @_seeded
@@ -269,7 +272,7 @@ def load_reference(name: str) -> nn.Module:
     return model.eval()
 
 
-# ---- variants that are hard to quantize -------------------------------------------------------------------------------
+# ---- variants that are hard to quantize -----------------------------------------------------------------------------
 
 
 def _inverted_residuals(model: nn.Module) -> list[InvertedResidual]:
@@ -293,7 +296,7 @@ def spread(model: nn.Module, seed: int = 0, log2_std: float = 2.0) -> nn.Module:
 
 @torch.no_grad()
 def raise_biases(model: nn.Module, seed: int = 0, fraction: float = 0.25) -> nn.Module:
-    """Copy of a ReLU mobilenet with high biases: beta = k |gamma|, k uniform in [4, 10], in `fraction` of the inner channels.
+    """Copy of a ReLU mobilenet with high biases in `fraction` of the inner channels: beta = k |gamma|, k in [4, 10].
 
     Such channels practically never reach zero. The shift is taken out of the next layer's batch norm, which leaves the
     error at padded borders and in channels that used to be rectified: fine-tuning is left to the caller.

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from safetensors.torch import save_file
@@ -37,10 +37,10 @@ def predictor(model: nn.Module) -> Predict:
     model.eval()
 
     @torch.no_grad()
-    def predict(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    def predict(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {"logits": model(**inputs)}
 
-    return predict  # type: ignore[return-value]  # a dict is a Mapping; argument variance is of no matter here
+    return predict
 
 
 def jitter_images(images: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ def train_classifier(model: nn.Module, epochs: int, learning_rate: float) -> nn.
     return model.eval()
 
 
-def train_lm(model: nn.Module) -> nn.Module:
+def train_lm(model: nn.Module, steps: int) -> nn.Module:
     """Train on the documentation's bytes in place: AdamW on random windows; weights end rounded to float16."""
     text, _ = documentation_bytes()
     decayed = [p for p in model.parameters() if p.ndim > 1]
@@ -94,9 +94,9 @@ def train_lm(model: nn.Module) -> nn.Module:
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}], lr=2e-3, betas=(0.9, 0.98)
     )
-    schedule = _schedule(optimizer, LM_STEPS)
+    schedule = _schedule(optimizer, steps)
     model.train()
-    for step in range(LM_STEPS):
+    for step in range(steps):
         starts = torch.randint(len(text) - CONTEXT, (LM_BATCH, 1))
         window = text[starts + torch.arange(CONTEXT + 1)]
         logits = model(window[:, :-1])
@@ -107,7 +107,7 @@ def train_lm(model: nn.Module) -> nn.Module:
         optimizer.step()
         schedule.step()
         if (step + 1) % 100 == 0:
-            print(f"  step {step + 1}/{LM_STEPS}: perplexity of the batch {math.exp(loss.item()):.2f}", flush=True)
+            print(f"  step {step + 1}/{steps}: perplexity of the batch {math.exp(loss.item()):.2f}", flush=True)
     return model.half().float().eval()
 
 
@@ -125,7 +125,7 @@ def _train(name: str, trained: dict[str, nn.Module]) -> nn.Module:
     if name == "mobilenet_high_bias":
         return _mobilenet_high_bias(trained["mobilenet_relu"])
     if name == "opt_lm":
-        return train_lm(FACTORIES[name]())
+        return train_lm(FACTORIES[name](), LM_STEPS)
     return train_classifier(FACTORIES[name](), DIGITS_EPOCHS, 3e-3)
 
 
