@@ -123,9 +123,10 @@ def weight_rank(layer: Layer) -> int:
 
 def constant_root(node: fx.Node) -> fx.Node | None:
     """The get_attr node a constant weight is computed from, or None when the value depends on the input."""
-    while node.op == "call_function" and node.args and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
-    return node if node.op == "get_attr" else None
+    if node.op == "get_attr":
+        return node
+    roots = [constant_root(value) for value in node.all_input_nodes] if node.op == "call_function" else []
+    return None if None in roots else next(iter(roots), None)
 
 
 def _layer_name(node: fx.Node, target: str) -> str:
@@ -195,7 +196,7 @@ def bias_of(graph: fx.GraphModule, layer: Layer) -> Tensor | None:
 
 def set_weight(graph: fx.GraphModule, layer: Layer, value: Tensor) -> None:
     """Give the layer a new float weight of its own."""
-    node = add_tensor(graph, f"{_slot(layer)}.weight", value, layer.node)
+    node = add_tensor(graph, f"{slot(layer)}.weight", value, layer.node)
     set_argument(layer.node, layer.weight_arg, node)
 
 
@@ -203,7 +204,7 @@ def set_bias(graph: fx.GraphModule, layer: Layer, value: Tensor) -> None:
     """Give the layer a new bias [out] of its own, whether or not it had one; mm and matmul cannot take one."""
     if layer.bias_arg is None:
         raise ValueError(f"{layer.name} ({layer.node.target}) has no bias argument")
-    node = add_tensor(graph, f"{_slot(layer)}.bias", value, layer.node)
+    node = add_tensor(graph, f"{slot(layer)}.bias", value, layer.node)
     set_argument(layer.node, layer.bias_arg, node)
 
 
@@ -228,7 +229,8 @@ def can_take_bias(layer: Layer) -> bool:
     return isinstance(value, Tensor) and value.dim() == 2
 
 
-def _slot(layer: Layer) -> str:
+def slot(layer: Layer) -> str:
+    """The path under which the layer's new tensors are registered."""
     return layer.name.replace("@", "_")
 
 
