@@ -1,0 +1,221 @@
+"""GPTQ: round a layer's weights one input column after the other, each making up for the errors made before it.
+
+Frantar et al., arXiv 2210.17323, algorithm 1. It minimizes tr(E H E^T), E = W - Q, H = X^T X / n (+ damping on the
+diagonal), with U the upper Cholesky factor of the inverse Hessian, H^-1 = U^T U. Column by column, w' the weights as
+updated so far,
+
+    q_k = round(w'_k),      w'_j -= (w'_k - q_k) U_kj / U_kk   for j > k.
+
+R = U^-1 is upper triangular too and H = R R^T, so R is one Cholesky factorization away (of H with its rows and columns
+in reverse order) and H is never inverted. The same update, summed over the columns before k, reads
+
+    w'_k = w_k + sum_{j<k} e_j R_jk / R_kk,      e_j = w_j - q_j   in the weights as they came,
+
+which is Babai's nearest plane (Chen et al., arXiv 2507.18553) and the form used here: a block of columns takes what all
+blocks before it owe in one matrix product (the lazy batch of the paper), the columns inside it one product each.
+The best real-valued columns g of a group, given all before it, solve x R_gg = (e R)_g, w'_g = w_g + x.
+
+The work is done on W^T, so that a column is a contiguous row, and for several problems of one shape at once: the
+groups of a grouped or depthwise convolution.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from passes.affine_grid import AffineGrid, ScaleSearch, fit_grid, fit_scales
+from passes.base import PassError
+from passes.threads import single_thread
+from passes.weight_pass import WeightPass
+from passes.weights import AffineWeight, group_columns
+
+MAX_DAMP = 10.0
+"""Damping, as a fraction of the mean diagonal, past which the Hessian says nothing about the weights."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GPTQ(WeightPass):
+    """Options of GPTQ, and its pass; see WeightPass for those that are not listed here.
+
+    act_order   columns by decreasing diagonal of the Hessian; the groups' grids are then fixed in front (static groups),
+                so that a group stays a run of neighbours in the weight as stored. Without it a group's grid is fitted
+                when its turn comes, on its updated weights.
+    damp        added to the Hessian's diagonal, as a fraction of its mean; raised tenfold until the Hessian factorizes
+    block_size  columns between two bulk updates: it changes speed, and results by float rounding only; without
+                act_order the groups are the blocks
+    """
+
+    bits: int = 4
+    group_size: int = 128
+    symmetric: bool = True
+    act_order: bool = True
+    damp: float = 0.01
+    block_size: int = 128
+    scale_search: ScaleSearch = "minmax"
+    embeddings: int = 8
+
+    name: ClassVar[str] = "gptq"
+    summary: ClassVar[str] = "weights rounded column by column, each making up for the errors before it"
+    paper: ClassVar[str] = "arXiv 2210.17323"
+    needs_hessian: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.damp < 0:
+            raise PassError(f"{self.name}: damp={self.damp} is negative", fix="use damp=0.01")
+        if self.block_size < 1:
+            raise PassError(f"{self.name}: block_size={self.block_size} is not positive", fix="use block_size=128")
+
+    def quantize(self, matrix: Tensor, hessian: Tensor | None) -> AffineWeight:
+        """quantize_weight with these options."""
+        assert hessian is not None
+        return quantize_weight(matrix, hessian, self)
+
+
+def quantize_weight(weight: Tensor, hessian: Tensor, options: GPTQ) -> AffineWeight:
+    """Quantize `weight` [out, in] for inputs whose second moments are `hessian` = X^T X / n, [in, in].
+
+    A grouped convolution has one Hessian for each group: [groups, in, in]; the rows of `weight` fall into as many equal
+    runs. Inputs that are always zero are dead: their weights become zero, and count for nothing in the damping.
+    Raises PassError when the Hessian is not finite or not positive definite even when damped.
+    """
+    with single_thread():
+        return _quantize(weight, hessian.float().view(-1, *hessian.shape[-2:]), options)
+
+
+def _quantize(weight: Tensor, hessians: Tensor, options: GPTQ) -> AffineWeight:
+    problems, columns = hessians.shape[0], hessians.shape[1]
+    diagonal = hessians.diagonal(dim1=-2, dim2=-1)
+    if not torch.isfinite(diagonal).all():
+        raise PassError("the layer's inputs are not finite on the calibration data", fix="check the calibration data")
+    dead = diagonal == 0  # [problems, in]
+    work = weight.unflatten(0, (problems, -1)).masked_fill(dead[:, None, :], 0)  # [problems, out, in]
+    width = group_columns(columns, options.group_size)
+    grid = fit_grid(work.flatten(0, 1), options.bits, options.group_size, options.symmetric, options.scale_search)
+    grouped = width < columns
+    if options.act_order:
+        order = diagonal.masked_fill(dead, -1).argsort(dim=-1, descending=True, stable=True)
+    else:
+        order = torch.arange(columns).expand(problems, -1)
+    factor = _unit_factor(_permuted(hessians, order.flip(-1)), dead.sum(-1), options.damp)
+    rows = _Rows(
+        _take(work.float().mT, order),
+        *(_by_column(part, problems, order // width) for part in (grid.scale, *grid.centred_range())),
+    )
+    if grouped and not options.act_order:
+        grid = _round_refitting(rows, factor, grid, options, weight.dtype)
+    else:
+        for start in range(0, columns, options.block_size):
+            _round_block(rows, factor, start, min(start + options.block_size, columns))
+    centred = _take(rows.codes, order.argsort(dim=-1)).mT.flatten(0, 1)
+    return grid.with_centred_codes(centred)
+
+
+class _Rows:
+    """The rows of W^T in the order they are rounded, and their grids; all [problems, in, out].
+
+    codes   codes minus zero point, as far as they are known
+    errors  weight - codes * scale, likewise
+    """
+
+    def __init__(self, weight: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> None:
+        self.weight, self.scale, self.low, self.high = weight, scale, low, high
+        self.codes = torch.empty_like(weight)
+        self.errors = torch.empty_like(weight)
+
+    def corrected(self, factor: Tensor, start: int, stop: int) -> Tensor:
+        """Rows start..stop plus what the rows before `start` owe them."""
+        weight = self.weight[:, start:stop]
+        return torch.baddbmm(weight, factor[:, start:stop, :start], self.errors[:, :start])
+
+
+def _round_block(rows: _Rows, factor: Tensor, start: int, stop: int) -> None:
+    """Round rows start..stop, all before them being done."""
+    block = rows.corrected(factor, start, stop)
+    for index, k in enumerate(range(start, stop)):
+        target = block[:, index : index + 1]
+        if index:
+            target.baddbmm_(factor[:, k : k + 1, start:k], rows.errors[:, start:k])
+        row = slice(k, k + 1)
+        scale, codes = rows.scale[:, row], rows.codes[:, row]
+        torch.div(target, scale, out=codes).round_()
+        codes.clamp_(rows.low[:, row], rows.high[:, row])
+        torch.addcmul(rows.weight[:, row], codes, scale, value=-1, out=rows.errors[:, row])
+
+
+def _round_refitting(rows: _Rows, factor: Tensor, grid: AffineGrid, options: GPTQ, dtype: torch.dtype) -> AffineGrid:
+    """Round group by group, fitting each group's grid on its weights as updated by the groups before it."""
+    columns, scales, zero_points = rows.weight.shape[1], [], []
+    for start in range(0, columns, options.group_size):
+        stop = min(start + options.group_size, columns)
+        owed = rows.corrected(factor, start, stop).sub_(rows.weight[:, start:stop])
+        inner = factor[:, start:stop, start:stop]
+        updated = torch.linalg.solve_triangular(inner, owed, upper=False, unitriangular=True)
+        updated += rows.weight[:, start:stop]
+        scale, zero_point = fit_scales(updated.mT, options.bits, options.symmetric, options.scale_search, dtype)
+        low, high = AffineGrid(scale, zero_point, options.bits, 0).centred_range()
+        for target, value in ((rows.scale, scale), (rows.low, low), (rows.high, high)):
+            target[:, start:stop] = value[:, None, :]
+        _round_block(rows, factor, start, stop)
+        scales.append(scale.flatten())
+        if zero_point is not None:
+            zero_points.append(zero_point.flatten())
+    return dataclasses.replace(
+        grid,
+        scale=torch.stack(scales, dim=1),
+        zero_point=torch.stack(zero_points, dim=1) if zero_points else None,
+    )
+
+
+def _unit_factor(reversed_hessians: Tensor, dead: Tensor, damp: float) -> Tensor:
+    """Lower triangular R_jk / R_kk at [k, j], ones on the diagonal, of each damped Hessian [problems, in, in] = R R^T.
+
+    The Hessians come with rows and columns in reverse order and are overwritten; `dead` [problems] counts their zero
+    diagonal entries.
+    """
+    diagonal = reversed_hessians.diagonal(dim1=-2, dim2=-1)
+    mean = diagonal.sum(-1) / (diagonal.shape[-1] - dead).clamp_min(1)
+    diagonal.add_((diagonal == 0) * torch.where(mean > 0, mean, 1.0)[:, None])
+    mean = torch.where(mean > 0, mean, 1.0)
+    undamped = diagonal.clone()
+    upper = torch.empty_like(reversed_hessians)
+    pending = torch.arange(len(mean))
+    while True:
+        diagonal[pending] = undamped[pending] + damp * mean[pending, None]
+        part, info = torch.linalg.cholesky_ex(reversed_hessians[pending], upper=True)
+        # A pivot at the level of rounding noise divides what follows by noise.
+        smallest = part.diagonal(dim1=-2, dim2=-1).square().amin(-1)
+        good = (info == 0) & (smallest > torch.finfo(torch.float32).eps * mean[pending])
+        upper[pending[good]] = part[good]
+        pending = pending[~good]
+        if not len(pending):
+            break
+        damp = max(10 * damp, 1e-4)
+        if damp > MAX_DAMP:
+            raise PassError(
+                "its Hessian is not positive definite, even strongly damped",
+                fix="use more calibration samples, or leave the layer out (--skip) or to rtn",
+            )
+    factor = upper.flip(-1, -2)
+    return factor.div_(factor.diagonal(dim1=-2, dim2=-1).clone()[:, :, None])
+
+
+def _permuted(hessians: Tensor, order: Tensor) -> Tensor:
+    """Each symmetric matrix [problems, in, in] with its rows and columns in `order` [problems, in], as a copy."""
+    # Rows gather whole and fast, columns do not; the matrices are symmetric, so both are rows.
+    return _take(_take(hessians, order).mT.contiguous(), order)
+
+
+def _take(rows: Tensor, order: Tensor) -> Tensor:
+    """Rows [problems, in, ...] in `order` [problems, in], as a contiguous copy."""
+    return rows.contiguous()[torch.arange(len(order))[:, None], order]
+
+
+def _by_column(values: Tensor, problems: int, groups: Tensor) -> Tensor:
+    """values [out or 1, groups] of all problems as [problems, in, out or 1], row k taking the group groups[:, k]."""
+    per_problem = values.expand(problems, -1, -1) if len(values) == 1 else values.unflatten(0, (problems, -1))
+    if values.shape[1] == 1:
+        return per_problem.mT.expand(-1, groups.shape[1], -1)
+    return _take(per_problem.mT, groups)
