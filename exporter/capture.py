@@ -107,7 +107,7 @@ def strip(graph: fx.Graph) -> None:
 
 
 def make_functional(node: fx.Node) -> None:
-    """Compute a new value instead of overwriting the first argument; later readers of the old value read the new one."""
+    """Compute a new value instead of overwriting the first argument; whoever reads the old one later reads the new."""
     old = node.args[0]
     assert isinstance(old, fx.Node)
     node.target = IN_PLACE[node.target]  # type: ignore[index]  # the caller checked that it is there

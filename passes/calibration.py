@@ -29,6 +29,11 @@ class Calibration:
     holdout: tuple[Batch, ...]
     source: str
 
+    def example(self) -> Batch:
+        """A batch whose axis 0 is at least 2 long, as torch.export wants of an axis that stays free."""
+        first = self.batches[0]
+        return {name: value if value.shape[0] != 1 else value.repeat_interleave(2, 0) for name, value in first.items()}
+
 
 class Stream:
     """Runs a graph over batches node by node, keeping only the values that later nodes still need.

@@ -1,0 +1,252 @@
+"""Lowered graph -> ONNX with neutral `qexport` nodes, and the frame in which a dialect replaces them.
+
+torch.onnx translates the ATen operators; ours pass through as nodes of domain `qexport`, which a Dialect then expands
+into what its runtime executes fast. What the file does not need (source lines, stack traces) is removed: they would
+name the machine that built it.
+"""
+
+import abc
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, fx
+
+from exporter.backends.lowered_ops import DOMAIN, TRANSLATIONS
+from passes.calibration import Batch
+from passes.graph import inputs_of
+
+OPSET = 21
+IR_VERSION = 10
+KEPT_METADATA = ("pkg.torch.onnx.name_scopes",)
+EXTERNAL_DATA_ABOVE = 1_800_000_000
+"""Bytes of weights above which they go into a file of their own: a protobuf ends at 2 GiB."""
+
+Array = NDArray[np.generic]
+
+
+def export(
+    graph: fx.GraphModule, example: Batch, dynamic: Mapping[str, Mapping[int, str]], output_names: Sequence[str]
+) -> ir.Model:
+    """The graph as an ONNX model in which `qexport` nodes are still neutral.
+
+    `example` are inputs whose free axes are at least 2 long; free axes carry the labels of `dynamic`.
+    """
+    names = [node.name for node in inputs_of(graph)]
+    dimensions = {label: torch.export.Dim(label) for axes in dynamic.values() for label in axes.values()}
+    automatic = tuple(dict.fromkeys(dynamic.get(name, {}), torch.export.Dim.DYNAMIC) or None for name in names)
+    labels = tuple({axis: dimensions[label] for axis, label in dynamic.get(name, {}).items()} or None for name in names)
+    with _quiet():
+        exported = torch.export.export(graph, tuple(example[name] for name in names), dynamic_shapes=automatic)
+        program = torch.onnx.export(
+            exported,
+            dynamo=True,
+            opset_version=OPSET,
+            custom_translation_table=TRANSLATIONS,
+            dynamic_shapes=labels,
+            input_names=names,
+            output_names=list(output_names),
+            verbose=False,
+        )
+    assert program is not None
+    model = program.model
+    model.ir_version = IR_VERSION
+    return model
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's progress and warnings; errors still come as exceptions."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+
+
+class Node:
+    """A neutral node, read out."""
+
+    def __init__(self, node: ir.Node) -> None:
+        self.node = node
+        self.op = node.op_type
+        self.out = node.outputs[0]
+
+    def value(self, index: int) -> ir.Value | None:
+        """Input `index`, or None when it was left out."""
+        return self.node.inputs[index] if index < len(self.node.inputs) else None
+
+    def array(self, index: int) -> Array | None:
+        """Input `index` as the constant it is, or None when it was left out."""
+        value = self.value(index)
+        if value is None:
+            return None
+        assert value.const_value is not None, f"{self.node.name}: input {index} is not a constant"
+        return value.const_value.numpy()
+
+    def needed(self, index: int) -> Array:
+        """Input `index` as the constant it must be."""
+        array = self.array(index)
+        assert array is not None
+        return array
+
+    def integer(self, name: str) -> int:
+        """An integer attribute."""
+        return self.node.attributes[name].as_int()
+
+    def string(self, name: str) -> str:
+        """A string attribute."""
+        return self.node.attributes[name].as_string()
+
+    def next_ops(self) -> set[str]:
+        """Operators that read the node's value."""
+        return {use.node.op_type for use in self.out.uses()}
+
+
+class Builder:
+    """Collects the nodes that replace one neutral node, under the layer's name."""
+
+    def __init__(self, model: ir.Model, scope: str) -> None:
+        self.model, self.scope = model, scope
+        self.nodes: list[ir.Node] = []
+        self._counts: dict[str, int] = {}
+
+    def op(self, kind: str, *inputs: ir.Value | None, **attributes: int | float | str | list[int]) -> ir.Value:
+        """Append a node and return its output."""
+        count = self._counts[kind] = self._counts.get(kind, 0) + 1
+        name = f"{self.scope}/{kind}" + (f"_{count}" if count > 1 else "")
+        node = ir.node(kind, list(inputs), attributes=attributes, name=name)
+        node.outputs[0].name = f"{name}:0"
+        self.nodes.append(node)
+        return node.outputs[0]
+
+    def constant(self, name: str, array: Array | ir.TensorProtocol) -> ir.Value:
+        """An initializer of its own (never one shared with another layer), named after the layer."""
+        tensor = ir.tensor(array) if isinstance(array, np.ndarray) else array
+        full, count = f"{self.scope}.{name}", 1
+        while full in self.model.graph.initializers:
+            count += 1
+            full = f"{self.scope}.{name}_{count}"
+        tensor.name = full
+        kind = ir.TensorType(tensor.dtype)
+        value = ir.Value(name=full, shape=ir.Shape(tensor.shape.numpy()), type=kind, const_value=tensor)
+        self.model.graph.register_initializer(value)
+        return value
+
+
+class Dialect(abc.ABC):
+    """How one runtime wants each neutral operator; every method returns the value that replaces the node's."""
+
+    @abc.abstractmethod
+    def linear(self, b: Builder, node: Node) -> ir.Value: ...
+    @abc.abstractmethod
+    def conv_weight(self, b: Builder, node: Node) -> ir.Value: ...
+    @abc.abstractmethod
+    def embedding(self, b: Builder, node: Node) -> ir.Value: ...
+    @abc.abstractmethod
+    def dequantize(self, b: Builder, node: Node) -> ir.Value: ...
+    @abc.abstractmethod
+    def fake_quantize(self, b: Builder, node: Node) -> ir.Value: ...
+    @abc.abstractmethod
+    def fake_quantize_dynamic(self, b: Builder, node: Node) -> ir.Value: ...
+
+
+def expand(model: ir.Model, dialect: Dialect) -> dict[str, str]:
+    """Replace every neutral node in place; returns {layer: name of the value that holds its output}."""
+    expansions = {
+        "Linear": dialect.linear,
+        "ConvWeight": dialect.conv_weight,
+        "Embedding": dialect.embedding,
+        "Dequantize": dialect.dequantize,
+        "FakeQuantize": dialect.fake_quantize,
+        "FakeQuantizeDynamic": dialect.fake_quantize_dynamic,
+    }
+    marks: dict[str, ir.Value] = {}
+    for node in list(model.graph):
+        if node.domain != DOMAIN:
+            continue
+        if node.op_type == "Mark":
+            source = node.inputs[0]
+            assert source is not None
+            marks[node.attributes["name"].as_string()] = source
+            _substitute(model, node, [], source)
+            continue
+        scope = node.attributes["name"].as_string() if "name" in node.attributes else _scope(node)
+        builder = Builder(model, scope)
+        result = expansions[node.op_type](builder, Node(node))
+        for new in builder.nodes:
+            for key in KEPT_METADATA:
+                if key in node.metadata_props:
+                    new.metadata_props[key] = node.metadata_props[key]
+        for name, value in marks.items():
+            if value is node.outputs[0]:
+                marks[name] = result
+        _substitute(model, node, builder.nodes, result)
+    _clean(model)
+    return {name: str(value.name) for name, value in marks.items()}
+
+
+def _scope(node: ir.Node) -> str:
+    """The path of a constant the node reads, else the node's own name."""
+    for value in node.inputs[1:]:
+        if value is not None and value.const_value is not None and value.name:
+            return value.name.rpartition(".")[0] or value.name
+    return str(node.name)
+
+
+def _substitute(model: ir.Model, node: ir.Node, new: list[ir.Node], result: ir.Value) -> None:
+    """Put `new` in place of `node`, and `result` in place of its output; type, shape and a graph output's name stay."""
+    old = node.outputs[0]
+    is_output = any(output is old for output in model.graph.outputs)
+    if result.producer() in new or (is_output and result.producer() is not None):
+        result.shape, result.type = old.shape, old.type
+        if is_output:
+            result.name = old.name
+    elif is_output:
+        identity = ir.node("Identity", [result], name=f"{node.name}/Identity")
+        new, result = [*new, identity], identity.outputs[0]
+        result.shape, result.type, result.name = old.shape, old.type, old.name
+    ir.convenience.replace_nodes_and_values(model.graph, node, [node], new, [old], [result])
+
+
+def _clean(model: ir.Model) -> None:
+    """Drop initializers nobody reads, our domain, and metadata that tells of the machine."""
+    for name in [name for name, value in model.graph.initializers.items() if not value.uses()]:
+        if not any(output.name == name for output in model.graph.outputs):
+            del model.graph.initializers[name]
+    model.opset_imports.pop(DOMAIN, None)
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    for node in model.graph:
+        for key in [key for key in node.metadata_props if key not in KEPT_METADATA]:
+            del node.metadata_props[key]
+        for value in node.outputs:
+            value.metadata_props.clear()
+
+
+def save(model: ir.Model, path: Path) -> None:
+    """Write the model; weights past 2 GB go into `<path>.data` beside it."""
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
+    external = f"{path.name}.data" if size > EXTERNAL_DATA_ABOVE else None
+    ir.save(model, path, external_data=external)
+
+
+def packed_int4(codes: Array, name: str, *, signed: bool) -> ir.TensorProtocol:
+    """Codes as an INT4 or UINT4 tensor, two in a byte."""
+    return ir.tensor(codes.astype(ml_dtypes.int4 if signed else ml_dtypes.uint4), name=name)
+
+
+def numpy_of(tensor: Tensor) -> Array:
+    """A tensor's values."""
+    return tensor.detach().cpu().numpy()
