@@ -1,0 +1,1 @@
+"""A report as text: for a pull request (markdown), for the terminal."""

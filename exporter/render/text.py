@@ -1,0 +1,155 @@
+"""What every rendering says in the same words: the verdict, figures as text, which layers to look at first."""
+
+from collections.abc import Callable, Iterable, Mapping
+
+from exporter.metrics import EXACT_DB, WORST, Figures
+from exporter.report import GateResult, LayerDiff, Report
+
+NONE = "-"
+
+FIGURES: tuple[tuple[str, Callable[[Figures], str]], ...] = (
+    ("SQNR dB", lambda figures: decibels(figures.sqnr_db)),
+    ("cosine", lambda figures: f"{figures.cosine:.5f}"),
+    ("max error", lambda figures: magnitude(figures.max_abs)),
+    ("mean error", lambda figures: magnitude(figures.mean_abs)),
+    ("top-1", lambda figures: percent(figures.top1_agreement)),
+    ("KL", lambda figures: magnitude(figures.kl)),
+)
+"""Columns of a comparison: heading, and how a figure reads."""
+
+RUNTIMES = {
+    "eager_quantized": "quantized eager",
+    "onnxruntime": "onnxruntime",
+    "onnxruntime_unoptimized": "onnxruntime, unoptimized",
+    "tensorrt": "TensorRT",
+}
+
+
+def verdict(report: Report) -> str:
+    """One line: how the gates stand."""
+    failed = sum(gate.measured and not gate.passed for gate in report.gates)
+    unmeasured = sum(not gate.measured for gate in report.gates)
+    if not report.gates:
+        return "done, no gates set"
+    if failed:
+        return f"{failed} of {plural(len(report.gates), 'gate')} failed"
+    if unmeasured:
+        return f"{unmeasured} of {plural(len(report.gates), 'gate')} could not be measured"
+    return "passed its gate" if len(report.gates) == 1 else f"passed all {len(report.gates)} gates"
+
+
+def gate_state(gate: GateResult) -> str:
+    """passed, FAILED or not measured."""
+    if not gate.measured:
+        return "not measured"
+    return "passed" if gate.passed else "FAILED"
+
+
+def headline(report: Report) -> str:
+    """What was made: parameters, average bits per weight, size of the largest artifact beside float."""
+    parts = []
+    params = sum(layer.params for layer in report.layers)
+    if params:
+        bits = sum(layer.bits_per_weight * layer.params for layer in report.layers) / params
+        parts.append(f"{count(params)} weights at {bits:.2f} bits")
+    if report.sizes.float_parameters:
+        parts.append(f"float {size(report.sizes.float_parameters)}")
+    return ", ".join(parts)
+
+
+def worst_layers(report: Report, limit: int) -> tuple[LayerDiff, ...]:
+    """Quantized layers by the SQNR of their output (accumulated, else own, else of the weight), lowest first."""
+    measured = [(layer_sqnr(layer), layer) for layer in report.layers]
+    known = [(value, layer) for value, layer in measured if value is not None]
+    return tuple(layer for _, layer in sorted(known, key=lambda pair: pair[0])[:limit])
+
+
+def layer_sqnr(layer: LayerDiff) -> float | None:
+    """The figure a layer is judged by."""
+    output = layer.output_sqnr_db
+    return next((value for value in (output.accumulated, output.own, layer.weight_sqnr_db) if value is not None), None)
+
+
+def comparisons(report: Report) -> dict[str, list[tuple[str, Figures]]]:
+    """{against what: (run and output, figures) of each}."""
+    return {
+        "against float": _rows(report.outputs),
+        "against quantized eager": _rows(report.parity),
+    }
+
+
+def _rows(runs: Mapping[str, Mapping[str, Figures]]) -> list[tuple[str, Figures]]:
+    rows = []
+    for run, outputs in runs.items():
+        for output, figures in outputs.items():
+            name = RUNTIMES.get(run, run)
+            rows.append((name if len(outputs) == 1 else f"{name}: {output}", figures))
+    return rows
+
+
+def kernels(layers: Iterable[LayerDiff]) -> dict[str, int]:
+    """{kernel: layers that run on it}, most used first."""
+    counts: dict[str, int] = {}
+    for layer in layers:
+        if layer.kernel is not None:
+            counts[layer.kernel] = counts.get(layer.kernel, 0) + 1
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def decibels(value: float | None) -> str:
+    """One decimal; the ends of the scale by name."""
+    if value is None:
+        return NONE
+    if abs(value) >= EXACT_DB:
+        return "exact" if value > 0 else "broken"
+    return f"{value:.1f}"
+
+
+def magnitude(value: float | None) -> str:
+    """Three digits."""
+    if value is None:
+        return NONE
+    return "unbounded" if value >= WORST else f"{value:.3g}"
+
+
+def percent(value: float | None) -> str:
+    """A share in percent."""
+    return NONE if value is None else f"{100 * value:.2f} %"
+
+
+def metric(value: float | None) -> str:
+    """A figure of the user's own, at full width: its unit is not known."""
+    return NONE if value is None else f"{value:.6g}"
+
+
+def size(value: int) -> str:
+    """Bytes in the unit that keeps three digits (powers of 1000)."""
+    if value < 1000:
+        return f"{value} B"
+    scaled = float(value)
+    for unit in ("kB", "MB", "GB"):
+        scaled /= 1000
+        if scaled < 999.5 or unit == "GB":
+            return f"{scaled:.3g} {unit}" if scaled < 999.5 else f"{scaled:.0f} {unit}"
+    raise AssertionError("unreachable: the last unit returns")
+
+
+def count(value: int) -> str:
+    """A number of things: 4.2 M."""
+    for factor, unit in ((1_000_000_000, " G"), (1_000_000, " M"), (1_000, " k")):
+        if value >= factor:
+            return f"{value / factor:.3g}{unit}"
+    return str(value)
+
+
+def shorten(name: str, width: int) -> str:
+    """At most `width` characters: the middle goes, because both ends tell layers apart."""
+    if len(name) <= width:
+        return name
+    head = (width - 2) // 2
+    return f"{name[:head]}..{name[len(name) - (width - 2 - head) :]}"
+
+
+def plural(number: int, word: str) -> str:
+    """1 gate, 2 gates."""
+    return f"{number} {word}" if number == 1 else f"{number} {word}s"
