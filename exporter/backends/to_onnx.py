@@ -172,6 +172,7 @@ def expand(model: ir.Model, dialect: Dialect) -> dict[str, str]:
         "FakeQuantize": dialect.fake_quantize,
         "FakeQuantizeDynamic": dialect.fake_quantize_dynamic,
     }
+    _make_room(model)
     marks: dict[str, ir.Value] = {}
     for node in list(model.graph):
         if node.domain != DOMAIN:
@@ -182,8 +183,7 @@ def expand(model: ir.Model, dialect: Dialect) -> dict[str, str]:
             marks[node.attributes["name"].as_string()] = source
             _substitute(model, node, [], source)
             continue
-        scope = node.attributes["name"].as_string() if "name" in node.attributes else _scope(node)
-        builder = Builder(model, scope)
+        builder = Builder(model, _scope(node))
         result = expansions[node.op_type](builder, Node(node))
         for new in builder.nodes:
             for key in KEPT_METADATA:
@@ -197,12 +197,23 @@ def expand(model: ir.Model, dialect: Dialect) -> dict[str, str]:
     return {name: str(value.name) for name, value in marks.items()}
 
 
+def _make_room(model: ir.Model) -> None:
+    """Rename the initializers that only neutral nodes read: their names are wanted by what replaces them."""
+    for name, value in list(model.graph.initializers.items()):
+        if all(use.node.domain == DOMAIN for use in value.uses()):
+            del model.graph.initializers[name]
+            value.name = f"{DOMAIN}::{name}"
+            model.graph.register_initializer(value)
+
+
 def _scope(node: ir.Node) -> str:
-    """The path of a constant the node reads, else the node's own name."""
-    for value in node.inputs[1:]:
-        if value is not None and value.const_value is not None and value.name:
-            return value.name.rpartition(".")[0] or value.name
-    return str(node.name)
+    """The layer a node belongs to: by attribute, by the name of its codes, else a name of its own."""
+    if "name" in node.attributes:
+        return node.attributes["name"].as_string()
+    codes = node.inputs[0]
+    if node.op_type == "Dequantize" and codes is not None and codes.name:
+        return codes.name.removeprefix(f"{DOMAIN}::").removesuffix(".weight_codes")
+    return str(node.name).removeprefix("node_")
 
 
 def _substitute(model: ir.Model, node: ir.Node, new: list[ir.Node], result: ir.Value) -> None:
