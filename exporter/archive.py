@@ -110,6 +110,8 @@ def _open(path: Path) -> tuple[Any, set[str]]:
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
     _check_members(members, path.stat().st_size)
+    if any(member.filename.endswith("serialized_exported_program.json") for member in members):
+        raise _Refused("written by torch before 2.8, which pickled the weights")
     root = members[0].filename.partition("/")[0] + "/"
     names = [member.filename.removeprefix(root) for member in members]
     reader = torch._C.PyTorchFileReader(str(path))

@@ -92,9 +92,7 @@ def resolve_callable(spec: str, flag: str) -> Callable[..., Any]:
     module_name, colon, attribute = spec.partition(":")
     if not (colon and module_name and attribute):
         raise InputError(f"{spec!r} is not of the form pkg.mod:function", where=flag)
-    directory = str(Path.cwd())
-    if directory not in sys.path:
-        sys.path.insert(0, directory)
+    _import_from_here()
     try:
         target: Any = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:
@@ -106,6 +104,12 @@ def resolve_callable(spec: str, flag: str) -> Callable[..., Any]:
     if not callable(target):
         raise InputError(f"{spec} is a {type(target).__name__}, not a function", where=flag)
     return cast(Callable[..., Any], target)
+
+
+def _import_from_here() -> None:
+    directory = str(Path.cwd())
+    if directory not in sys.path:
+        sys.path.insert(0, directory)
 
 
 # ------------------------------------------------------------------------------------------------- telling kinds apart
@@ -165,7 +169,7 @@ def _load_exported(path: Path, trust: bool) -> torch.export.ExportedProgram:
     if not trust:
         inspect_archive(path)
     try:
-        # An open file rather than a name: torch logs a warning for names that do not end in .pt2.
+        # Given a name, torch warns of all that do not end in .pt2.
         with path.open("rb") as file, _silenced("torch.export"):
             program = torch.export.load(file)
     except Exception as error:
@@ -196,27 +200,30 @@ def _silenced(name: str) -> Iterator[None]:
 
 def _load_pickle(path: Path, trust: bool) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return _torch_load(path, weights_only=True)
     except pickle.UnpicklingError as error:
         if not trust:
             found = re.search(r"GLOBAL (\S+)", str(error))
             raise InputError(
-                f"a pickle of objects ({found[1] if found else 'more than tensors'}), and loading it would run its code",
+                f"a pickle that needs {found[1] if found else 'more than tensors'}: loading it would run its code",
                 where=str(path),
                 fix="save model.state_dict() and pass --factory, or pass --trust-model if you trust whoever made it",
             ) from error
     except Exception as error:
         raise _damaged(path, error) from error
-    directory = str(Path.cwd())
-    if directory not in sys.path:
-        sys.path.insert(0, directory)
+    _import_from_here()
     try:
-        return torch.load(path, map_location="cpu", weights_only=False)
+        return _torch_load(path, weights_only=False)
     except (AttributeError, ImportError) as error:
         fix = "run where the module's class can be imported"
         raise InputError(f"cannot be unpickled: {_describe(error)}", where=str(path), fix=fix) from error
     except Exception as error:
         raise _damaged(path, error) from error
+
+
+def _torch_load(path: Path, *, weights_only: bool) -> Any:
+    with path.open("rb") as file:  # given a name, torch goes by its ending
+        return torch.load(file, map_location="cpu", weights_only=weights_only)
 
 
 def _load_safetensors(path: Path) -> dict[str, Tensor]:

@@ -88,11 +88,11 @@ def honest(tmp_path_factory: pytest.TempPathFactory) -> Members:
 
 
 @pytest.fixture
-def marker(tmp_path: Path) -> Iterator[Path]:
+def marker(tmp_path: Path) -> Path:
     """A path without dots: some attacks paste it between the dots of a name."""
     path = Path(str(tmp_path).replace(".", "_")) / "marker"
     path.parent.mkdir(parents=True, exist_ok=True)
-    yield path
+    return path
 
 
 def edited(member: str, change: Callable[[Any, str], None]) -> Attack:
@@ -377,7 +377,7 @@ def test_an_archive_of_the_older_format_is_refused(honest: Members, marker: Path
         file.writestr("serialized_exported_program.json", honest[MODEL])
         for name in ("state_dict", "constants", "example_inputs"):
             file.writestr(f"serialized_{name}.pt", torch_pickle(marker))
-    with pytest.raises(InputError, match="refused|damaged"):
+    with pytest.raises(InputError, match=r"before 2\.8"):
         load_model(path)
     assert not marker.exists()
     load_unguarded(path)
@@ -495,7 +495,7 @@ def test_expressions_that_torch_prints_are_let_through(text: str) -> None:
         "Add(1, **{})",
         "Integer(1)\nexec('1')",
         "Integer(1) # exec",
-        "ⅇxec(1)",
+        "\N{DOUBLE-STRUCK ITALIC SMALL E}xec(1)",
         "Pow(Integer(9), Integer(10000000000))",
         "Integer(" * 3000 + "1" + ")" * 3000,
         "",
@@ -713,3 +713,44 @@ def assert_loads_equal(
     actual = leaves(loaded.program.module(check_guards=False)(*args, **kwargs))
     assert len(actual) == len(expected)
     assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
+tokens = torch.arange(12).reshape(2, 6)
+pixels = torch.linspace(-1, 1, 2 * 3 * 32 * 32).reshape(2, 3, 32, 32)
+small = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+HUGGING_FACE: dict[str, tuple[str, dict[str, Any], torch.Tensor]] = {
+    "opt": (
+        "OPTForCausalLM",
+        small | {"ffn_dim": 32, "word_embed_proj_dim": 16, "max_position_embeddings": 32},
+        tokens,
+    ),
+    "llama": ("LlamaForCausalLM", small | {"intermediate_size": 32, "num_key_value_heads": 1}, tokens),
+    "bert": ("BertForSequenceClassification", small | {"intermediate_size": 32}, tokens),
+    "gpt2": ("GPT2LMHeadModel", {"vocab_size": 64, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32}, tokens),
+    "resnet": (
+        "ResNetForImageClassification",
+        {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]},
+        pixels,
+    ),
+    "mobilenet_v2": ("MobileNetV2ForImageClassification", {"depth_multiplier": 0.35, "image_size": 32}, pixels),
+    "vit": (
+        "ViTForImageClassification",
+        {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+        | {"image_size": 32, "patch_size": 8},
+        pixels,
+    ),
+}
+
+
+@pytest.mark.hf
+@pytest.mark.parametrize("name", HUGGING_FACE)
+def test_hugging_face_archives_pass(name: str, tmp_path: Path) -> None:
+    import transformers
+
+    architecture, options, inputs = HUGGING_FACE[name]
+    torch.manual_seed(0)
+    model_class = getattr(transformers, architecture)
+    module = model_class(model_class.config_class(**options, use_cache=False)).eval()
+    shapes = ({0: Dim.DYNAMIC, 1: Dim.DYNAMIC} if inputs is tokens else {0: Dim.DYNAMIC},)
+    program = torch.export.export(module, (inputs,), dynamic_shapes=shapes)
+    assert_loads_equal(program, (inputs,), {}, tmp_path)
