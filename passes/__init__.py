@@ -1,1 +1,24 @@
-"""Transformations of a captured program."""
+"""Transformations of a captured program, and the table of them all."""
+
+from collections.abc import Mapping
+
+from passes.act_quant import ActQuant
+from passes.base import Pass
+from passes.cle import CrossLayerEqualization
+from passes.fold_bn import FoldBatchNorm
+from passes.gptaq import GPTAQ
+from passes.gptq import GPTQ
+from passes.rtn import RTN
+
+PASSES: Mapping[str, type[Pass]] = {
+    work.name: work
+    for work in (
+        FoldBatchNorm,
+        CrossLayerEqualization,
+        ActQuant,
+        RTN,
+        GPTQ,
+        GPTAQ,
+    )
+}
+"""Every pass by the name that a recipe calls it, in the order they are usually run."""

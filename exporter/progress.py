@@ -1,0 +1,82 @@
+"""What a long run says about itself while it runs, on stderr; results go to stdout."""
+
+import sys
+import time
+from types import TracebackType
+from typing import Protocol, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+
+PATIENCE_S = 2.0
+"""A stage that takes no longer than this shows no bar."""
+
+
+class Progress(Protocol):
+    """Told by the compiler where it is."""
+
+    def stage(self, name: str) -> None:
+        """A stage begins; the one before it is over."""
+
+    def step(self, text: str, done: int, total: int) -> None:
+        """Inside the stage, `done` of `total` steps are over; `text` says which is next."""
+
+
+class Silent:
+    """Says nothing."""
+
+    def stage(self, name: str) -> None:
+        """Nothing."""
+
+    def step(self, text: str, done: int, total: int) -> None:
+        """Nothing."""
+
+
+class Lines:
+    """One line on stderr for each stage: where there is no terminal."""
+
+    def stage(self, name: str) -> None:
+        """Print the line."""
+        print(name, file=sys.stderr, flush=True)
+
+    def step(self, text: str, done: int, total: int) -> None:
+        """Nothing: a log file is no place for a bar."""
+
+
+class RichProgress:
+    """A line and a bar with an estimate of the time left, on a terminal. A context manager: the bar goes at the end."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._bars = Bars(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[text]}"),
+            TimeRemainingColumn(),
+            console=console or Console(stderr=True),
+            transient=True,
+        )
+        self._task: TaskID | None = None
+        self._started = 0.0
+
+    def __enter__(self) -> Self:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bars.stop()
+
+    def stage(self, name: str) -> None:
+        """Show the stage in place of the one before it."""
+        if self._task is not None:
+            self._bars.remove_task(self._task)
+        self._started = time.monotonic()
+        self._task = self._bars.add_task(name, total=None, text="")
+
+    def step(self, text: str, done: int, total: int) -> None:
+        """Move the stage's bar."""
+        if self._task is not None and (done or time.monotonic() - self._started > PATIENCE_S):
+            self._bars.update(self._task, completed=done, total=total, text=text)

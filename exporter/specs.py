@@ -1,0 +1,119 @@
+"""Pass specs: `cle,gptq:bits=3:group_size=64:act_order=true`. The fields of a pass are its options.
+
+Commas stand between passes, colons inside one. A recipe may also give a list, whose entries are specs or tables:
+["cle", {name = "gptq", bits = 3}].
+"""
+
+import dataclasses
+import inspect
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from exporter.errors import InputError
+from exporter.options import convert, describe_type, describe_value, nearest, shown
+from passes import PASSES
+from passes.base import Pass, PassError, order
+
+FLAG = "--passes"
+
+
+@dataclasses.dataclass(frozen=True)
+class OptionDescription:
+    """An option of a pass: its name, type and default as a user writes them."""
+
+    name: str
+    type: str
+    default: str
+
+
+@dataclasses.dataclass(frozen=True)
+class PassDescription:
+    """A pass for people: `notes` is what its docstring says about the options."""
+
+    name: str
+    summary: str
+    paper: str
+    prerequisites: tuple[str, ...]
+    options: tuple[OptionDescription, ...]
+    notes: str
+
+
+def parse_passes(text: str) -> tuple[Pass, ...]:
+    """The passes of a spec, in order. Raises InputError for an unknown pass or option, or a value of the wrong type."""
+    specs = [spec.strip() for spec in text.split(",")]
+    if not all(specs):
+        raise InputError(
+            f"{shown(text)} names no pass" if not any(specs) else f"{shown(text)} has an empty entry",
+            where=FLAG,
+            fix="write for example cle,gptq:bits=4",
+        )
+    passes = tuple(_parse_pass(spec) for spec in specs)
+    try:
+        order(passes, PASSES)
+    except PassError as error:
+        raise InputError(error.what, where=FLAG, fix=error.fix) from error
+    return passes
+
+
+def join_specs(entries: Sequence[str | Mapping[str, object]]) -> str:
+    """The spec that a list of specs and tables stands for. Raises InputError for an entry that is neither."""
+    specs = []
+    for entry in entries:
+        if isinstance(entry, Mapping):
+            options = dict(entry)
+            name = options.pop("name", None)
+            if not isinstance(name, str):
+                raise InputError(f"{shown(entry)} has no name", where=FLAG, fix='write {name = "gptq", bits = 3}')
+            specs.append(":".join([name, *(f"{key}={describe_value(value)}" for key, value in options.items())]))
+        elif isinstance(entry, str):
+            specs.append(entry)
+        else:
+            raise InputError(f"{shown(entry)} is not a pass", where=FLAG, fix='write "gptq:bits=3"')
+    return ",".join(specs)
+
+
+def describe(work: type[Pass]) -> PassDescription:
+    """What `qexport passes NAME` shows."""
+    hints = option_types(work)
+    options = tuple(
+        OptionDescription(field.name, describe_type(hints[field.name]), describe_value(field.default))
+        for field in _fields(work)
+    )
+    notes = inspect.cleandoc(work.__doc__ or "")
+    return PassDescription(work.name, work.summary, work.paper, work.prerequisites, options, notes)
+
+
+def option_types(work: type[Pass]) -> dict[str, Any]:
+    """{option: type} of a pass."""
+    hints = typing.get_type_hints(work)
+    return {field.name: hints[field.name] for field in _fields(work)}
+
+
+def _parse_pass(spec: str) -> Pass:
+    name, *pairs = [part.strip() for part in spec.split(":")]
+    if name not in PASSES:
+        raise InputError(f"unknown pass {name!r}", where=FLAG, fix=nearest(name, PASSES))
+    work = PASSES[name]
+    hints = option_types(work)
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = (part.strip() for part in pair.partition("="))
+        if not equals or not key:
+            raise InputError(f"{name}: {pair!r} is not of the form option=value", where=FLAG)
+        if key not in hints:
+            raise InputError(f"{name} has no option {key!r}", where=FLAG, fix=nearest(key, hints))
+        if key in options:
+            raise InputError(f"{name}: {key} is given twice", where=FLAG)
+        try:
+            options[key] = convert(value, hints[key])
+        except ValueError as error:
+            raise InputError(f"{name}:{key}: {error}", where=FLAG) from error
+    try:
+        return work(**options)
+    except PassError as error:
+        raise InputError(error.what, where=FLAG, fix=error.fix) from error
+
+
+def _fields(work: type[Pass]) -> "tuple[dataclasses.Field[Any], ...]":
+    return dataclasses.fields(work)  # type: ignore[arg-type]  # passes are dataclasses
