@@ -9,7 +9,8 @@
 2. sympify: each `expr_str` is evaluated by sympy with Python's builtins in reach. It must parse to calls of the
    expressions torch itself prints, over symbols and numbers.
 3. code generation: names of values, arguments, parameters and submodules are pasted into the source text of the graph's
-   `forward`, which is compiled and executed during the load. Each must be one identifier, or a dotted name.
+   `forward`, which is compiled and executed during the load; keys and string inputs into that of the guards which
+   `ExportedProgram.module()` makes. Each must be one identifier, a dotted name, or text without quotes.
 4. pytree specs: the context of a dict, and of a defaultdict, may name a module to import. Only tuple, list, dict,
    OrderedDict and the outputs of transformers are let through, with contexts of plain keys.
 5. operators: `target` is an attribute path from `torch`, `operator` or `math`, called when the graph runs. It must be
@@ -82,7 +83,9 @@ def inspect_archive(path: Path) -> None:
         member = SAMPLE_INPUTS
         _check_sample_inputs(reader.get_record(SAMPLE_INPUTS))
         member = MODEL_JSON
-        _check_value(schema.ExportedProgram, _read_json(reader, MODEL_JSON), "")
+        model = _read_json(reader, MODEL_JSON)
+        _check_value(schema.ExportedProgram, model, "")
+        _check_string_inputs(model["graph_module"]["graph"]["inputs"])
         for member, prefix in PAYLOAD_CONFIGS.items():
             config = _read_json(reader, member)
             _check_value(schema.PayloadConfig, config, "")
@@ -156,6 +159,17 @@ def _check_sample_inputs(record: bytes) -> None:
         raise _Refused("sample inputs hold more than tensors and plain values (weights-only loading failed)") from error
     if not isinstance(inputs, (tuple, dict)):
         raise _Refused(f"sample inputs are a {type(inputs).__name__}, not a tuple")
+    for path, _ in _pytree.tree_leaves_with_path(inputs):
+        for step in path:
+            if isinstance(step, _pytree.MappingKey) and not is_plain(str(step.key)):
+                raise _Refused(f"sample inputs have the key {_short(step.key)}")
+
+
+def _check_string_inputs(inputs: list[dict[str, Any]]) -> None:
+    """A string that is an input of the graph ends up in the source of the guards, unlike an operator's."""
+    for value in inputs:
+        if not is_plain(value.get("as_string", "")):
+            raise _Refused(f"{_short(value)} is not allowed as an input")
 
 
 def _check_payloads(payloads: dict[str, Any], folder: str, prefix: str, reader: Any, names: set[str]) -> None:
@@ -288,6 +302,11 @@ def is_dotted_or_empty(text: str) -> bool:
 def is_text(text: str) -> bool:
     """Anything: torch keeps it as a value, or quotes it with repr."""
     return True
+
+
+def is_plain(text: str) -> bool:
+    """Text that cannot end a string literal it is pasted into."""
+    return (text == "" or text.isprintable()) and not set(text) & {"'", '"', "\\"}
 
 
 def _is_dunder(part: str) -> bool:
@@ -432,7 +451,11 @@ def _is_tree_node(node: Any) -> bool:
     if not isinstance(kind, str) or not isinstance(context, str) or not _is_tree_type(kind):
         return False
     keys = json.loads(context)
-    return keys is None or (isinstance(keys, list) and all(type(key) in (str, int, bool) for key in keys))
+    return keys is None or (isinstance(keys, list) and all(map(_is_tree_key, keys)))
+
+
+def _is_tree_key(key: Any) -> bool:
+    return is_plain(key) if isinstance(key, str) else type(key) in (int, bool)
 
 
 def _is_tree_type(kind: str) -> bool:
@@ -485,7 +508,7 @@ STRING_RULES: Mapping[str, Rule] = {
     "Node.target": is_operator,
     "Argument.as_string": is_text,
     "Argument.as_strings": is_text,
-    "ConstantValue.as_string": is_text,
+    "ConstantValue.as_string": is_plain,
     "InputToConstantInputSpec.name": is_name,
     "InputToParameterSpec.parameter_name": is_dotted,
     "InputToBufferSpec.buffer_name": is_dotted,
@@ -502,7 +525,7 @@ STRING_RULES: Mapping[str, Rule] = {
     "GraphModule.metadata": is_text,
     "ExportedProgram.verifiers": is_one_of("", "ATEN", "TRAINING"),
     "ExportedProgram.torch_version": is_text,
-    # Kept as text by the load. Only `ExportedProgram.module(check_guards=True)` would run them: see load.py.
+    # Kept as text by the load; `ExportedProgram.module()` would run them, so load.py drops them.
     "ExportedProgram.guards_code": is_text,
     "PayloadMeta.path_name": is_dotted,
 }

@@ -421,6 +421,44 @@ def test_guards_of_the_file_are_never_run(honest: Members, marker: Path, tmp_pat
     assert marker.exists()
 
 
+class Keyed(nn.Module):
+    def forward(self, named: dict[str, torch.Tensor], mode: str) -> torch.Tensor:
+        return named["a"] * 2 if mode == "m" else named["a"]
+
+
+def in_string_input(members: Members, marker: Path) -> None:
+    code = f"m' or open('{marker}','w') or '"
+    content = json.loads(members[MODEL])
+    constant = content["graph_module"]["signature"]["input_specs"][1]["constant_input"]["value"]
+    for value in (graph(content)["inputs"][1], constant):
+        assert value == {"as_string": "m"}
+        value["as_string"] = code
+    members[MODEL] = json.dumps(content).encode()
+
+
+def in_sample_key(members: Members, marker: Path) -> None:
+    key = f'a", open("{marker}","w"), "'
+    buffer = io.BytesIO()
+    torch.save((({key: torch.ones(4)}, "m"), {}), buffer)
+    members[SAMPLES] = buffer.getvalue()
+
+
+@pytest.mark.parametrize(("attack", "member"), [(in_string_input, MODEL), (in_sample_key, SAMPLES)])
+def test_text_in_the_source_of_guards_is_refused(attack: Attack, member: str, marker: Path, tmp_path: Path) -> None:
+    """Guards on inputs are made from their keys and values, also where the file brings none of its own."""
+    path = tmp_path / "keyed.pt2"
+    torch.export.save(torch.export.export(Keyed(), ({"a": torch.ones(4)}, "m")), path)
+    members = read(path)
+    attack(members, marker)
+    write(members, path)
+    with pytest.raises(InputError, match=member):
+        load_model(path)
+    assert not marker.exists()
+    with suppress(Exception):
+        torch.export.load(path).module()({"a": torch.ones(4)}, "other")
+    assert marker.exists()
+
+
 def string_fields(cls: type, seen: set[type]) -> Iterator[str]:
     """Every "Class.field" of the schema below `cls` that holds strings."""
     if cls in seen:
@@ -569,7 +607,7 @@ class Variadic(nn.Module):
 
 class Scalars(nn.Module):
     def forward(self, x: torch.Tensor, n: int, flag: bool, mode: str, none: None) -> torch.Tensor:
-        return x * n if flag and mode == 'it\'s "so"' else x
+        return x * n if flag and mode == "fast, {exact}" else x
 
 
 class Shapes(nn.Module):
@@ -668,7 +706,7 @@ NORMAL: dict[str, Case] = {
     ),
     "ordered dict": (Ordered(), (collections.OrderedDict(a=x34),), {}, None),
     "variadic": (Variadic(), (x34, x34), {"extra": x34}, None),
-    "scalars": (Scalars(), (x34, 3, True, 'it\'s "so"', None), {}, None),
+    "scalars": (Scalars(), (x34, 3, True, "fast, {exact}", None), {}, None),
     "dynamic batch": (nn.Linear(4, 2), (x34,), {}, ({0: batch},)),
     "derived dimensions": (Args(), (x34, x34), {"z": x34[:1]}, {"x": {0: batch}, "y": {0: batch}, "z": None}),
     "computed shapes": (Shapes(), (torch.ones(6, 4), torch.ones(13, 4)), {}, {"x": {0: Dim.AUTO}, "y": {0: Dim.AUTO}}),
