@@ -49,8 +49,7 @@ class AffineGrid:
         """Every weight [out, in] to its nearest level."""
         low, high = self.centred_range()
         grouped = _grouped(weight.float(), self.group_size)
-        codes = torch.round(grouped / self.scale[..., None])
-        codes = torch.clamp(codes, low[..., None], high[..., None])
+        codes = torch.round(grouped / self.scale[..., None]).clamp_(low[..., None], high[..., None])
         return self.with_centred_codes(_ungrouped(codes, weight.shape))
 
     def with_centred_codes(self, centred: Tensor) -> AffineWeight:
@@ -63,9 +62,7 @@ class AffineGrid:
         return AffineWeight(stored, self.scale, self.zero_point, self.bits, self.group_size)
 
 
-def fit_grid(
-    weight: Tensor, bits: int, group_size: int, symmetric: bool, search: ScaleSearch = "minmax"
-) -> AffineGrid:
+def fit_grid(weight: Tensor, bits: int, group_size: int, symmetric: bool, search: ScaleSearch = "minmax") -> AffineGrid:
     """A grid for `weight` [out, in]; groups at least as wide as a row become one per output channel.
 
     Scales are float32 numbers that the weight's own dtype can hold, so a half-precision graph stores them unchanged.
@@ -73,12 +70,12 @@ def fit_grid(
     if group_size >= weight.shape[1]:
         group_size = -1
     grouped = _grouped(weight.float(), group_size)
-    scale, zero_point = fit_scales(grouped, bits, symmetric, search, weight.dtype)
+    scale, zero_point = _fit_scales(grouped, bits, symmetric, search, weight.dtype)
     return AffineGrid(scale, zero_point, bits, group_size)
 
 
-def fit_scales(
-    values: Tensor, bits: int, symmetric: bool, search: ScaleSearch = "minmax", dtype: torch.dtype = torch.float32
+def _fit_scales(
+    values: Tensor, bits: int, symmetric: bool, search: ScaleSearch, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
     """Scale and zero point (None when symmetric) [...] of the values [..., n] that share them; rounded to `dtype`."""
     low, high = values.amin(-1).clamp_(max=0), values.amax(-1).clamp_(min=0)
@@ -112,8 +109,8 @@ def _scales_of_range(
 
 def _squared_error(values: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> Tensor:
     low, high = AffineGrid(scale, zero_point, bits, -1).centred_range()
-    codes = torch.round(values / scale[..., None]).clamp_(low[..., None], high[..., None])
-    return codes.mul_(scale[..., None]).sub_(values).square_().sum(-1)
+    rounded = torch.round(values / scale[..., None]).clamp_(low[..., None], high[..., None])
+    return rounded.mul_(scale[..., None]).sub_(values).square_().sum(-1)
 
 
 def _grouped(weight: Tensor, group_size: int) -> Tensor:
@@ -121,7 +118,8 @@ def _grouped(weight: Tensor, group_size: int) -> Tensor:
     if group_size == 0:
         return weight.reshape(1, 1, -1)
     width = group_columns(weight.shape[1], group_size)
-    return F.pad(weight, (0, -weight.shape[1] % width)).unflatten(1, (-1, width))
+    grouped: Tensor = F.pad(weight, (0, -weight.shape[1] % width)).unflatten(1, (-1, width))
+    return grouped
 
 
 def _ungrouped(grouped: Tensor, shape: torch.Size) -> Tensor:

@@ -25,7 +25,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from passes.affine_grid import AffineGrid, ScaleSearch, fit_grid, fit_scales
+from passes.affine_grid import AffineGrid, ScaleSearch, fit_grid
 from passes.base import PassError
 from passes.threads import single_thread
 from passes.weight_pass import WeightPass
@@ -39,12 +39,12 @@ MAX_DAMP = 10.0
 class GPTQ(WeightPass):
     """Options of GPTQ, and its pass; see WeightPass for those that are not listed here.
 
-    act_order   columns by decreasing diagonal of the Hessian; the groups' grids are then fixed in front (static groups),
-                so that a group stays a run of neighbours in the weight as stored. Without it a group's grid is fitted
-                when its turn comes, on its updated weights.
+    act_order   columns by decreasing diagonal of the Hessian; the groups' grids are then fixed in front (static
+                groups), so that a group stays a run of neighbours in the weight as stored. Without it a group's grid is
+                fitted on its weights as updated so far.
     damp        added to the Hessian's diagonal, as a fraction of its mean; raised tenfold until the Hessian factorizes
-    block_size  columns between two bulk updates: it changes speed, and results by float rounding only; without
-                act_order the groups are the blocks
+    block_size  columns between two bulk updates, and, without act_order, between two fits of grids: all groups that
+                start in a block are fitted when the block's turn comes
     """
 
     bits: int = 4
@@ -91,44 +91,81 @@ def _quantize(weight: Tensor, hessians: Tensor, options: GPTQ) -> AffineWeight:
     if not torch.isfinite(diagonal).all():
         raise PassError("the layer's inputs are not finite on the calibration data", fix="check the calibration data")
     dead = diagonal == 0  # [problems, in]
-    work = weight.unflatten(0, (problems, -1)).masked_fill(dead[:, None, :], 0)  # [problems, out, in]
-    width = group_columns(columns, options.group_size)
-    grid = fit_grid(work.flatten(0, 1), options.bits, options.group_size, options.symmetric, options.scale_search)
-    grouped = width < columns
+    work = weight.unflatten(0, (problems, -1)).masked_fill(dead[:, None, :], 0)  # [problems, out / problems, in]
     if options.act_order:
         order = diagonal.masked_fill(dead, -1).argsort(dim=-1, descending=True, stable=True)
     else:
         order = torch.arange(columns).expand(problems, -1)
     factor = _unit_factor(_permuted(hessians, order.flip(-1)), dead.sum(-1), options.damp)
-    rows = _Rows(
-        _take(work.float().mT, order),
-        *(_by_column(part, problems, order // width) for part in (grid.scale, *grid.centred_range())),
-    )
-    if grouped and not options.act_order:
-        grid = _round_refitting(rows, factor, grid, options, weight.dtype)
-    else:
+    rows = _Rows(_take(work.float().mT, order))
+    width = group_columns(columns, options.group_size)
+    if options.act_order or width == columns:
+        grid = _fit(work, options)
+        rows.set_grid(grid, order // width, 0)
         for start in range(0, columns, options.block_size):
             _round_block(rows, factor, start, min(start + options.block_size, columns))
+    else:
+        grids = []
+        step = width * max(1, options.block_size // width)
+        for start in range(0, columns, step):
+            stop = min(start + step, columns)
+            grids.append(_fit(_updated(rows, factor, start, stop).mT.to(weight.dtype), options))
+            rows.set_grid(grids[-1], (order[:, start:stop] - start) // width, start)
+            _round_block(rows, factor, start, stop)
+        grid = _joined(grids, options)
     centred = _take(rows.codes, order.argsort(dim=-1)).mT.flatten(0, 1)
     return grid.with_centred_codes(centred)
+
+
+def _fit(weight: Tensor, options: GPTQ) -> AffineGrid:
+    """Grids for the rows of all problems, weight [problems, out, in], as those of one matrix."""
+    matrix = weight.flatten(0, 1)
+    return fit_grid(matrix, options.bits, options.group_size, options.symmetric, options.scale_search)
+
+
+def _joined(grids: list[AffineGrid], options: GPTQ) -> AffineGrid:
+    """The grid of a matrix from those of its runs of columns."""
+    zero_points = [grid.zero_point for grid in grids if grid.zero_point is not None]
+    return AffineGrid(
+        torch.cat([grid.scale for grid in grids], dim=1),
+        torch.cat(zero_points, dim=1) if zero_points else None,
+        options.bits,
+        options.group_size,
+    )
 
 
 class _Rows:
     """The rows of W^T in the order they are rounded, and their grids; all [problems, in, out].
 
-    codes   codes minus zero point, as far as they are known
+    codes   codes minus zero point, as far as they are known; in low..high
     errors  weight - codes * scale, likewise
     """
 
-    def __init__(self, weight: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> None:
-        self.weight, self.scale, self.low, self.high = weight, scale, low, high
-        self.codes = torch.empty_like(weight)
-        self.errors = torch.empty_like(weight)
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+        self.scale, self.low, self.high, self.codes, self.errors = (torch.empty_like(weight) for _ in range(5))
+
+    def set_grid(self, grid: AffineGrid, groups: Tensor, start: int) -> None:
+        """From row `start` on, row k of a problem takes its group number groups[problem, k - start] of `grid`."""
+        problems, count = groups.shape
+        low, high = grid.centred_range()
+        for target, values in ((self.scale, grid.scale), (self.low, low), (self.high, high)):
+            # values [out or 1, groups], one number for the whole tensor or one a row of every problem
+            per_problem = values.expand(problems, 1, 1) if len(values) == 1 else values.unflatten(0, (problems, -1))
+            target[:, start : start + count] = _take(per_problem.mT, groups)
 
     def corrected(self, factor: Tensor, start: int, stop: int) -> Tensor:
-        """Rows start..stop plus what the rows before `start` owe them."""
-        weight = self.weight[:, start:stop]
-        return torch.baddbmm(weight, factor[:, start:stop, :start], self.errors[:, :start])
+        """Rows start..stop plus what the rows before `start` owe them, divided by R_kk."""
+        return torch.baddbmm(self.weight[:, start:stop], factor[:, start:stop, :start], self.errors[:, :start])
+
+
+def _updated(rows: _Rows, factor: Tensor, start: int, stop: int) -> Tensor:
+    """The best real-valued rows start..stop, given those before: w' of the paper when column `start` is reached."""
+    weight = rows.weight[:, start:stop]
+    owed = rows.corrected(factor, start, stop).sub_(weight)
+    inner = factor[:, start:stop, start:stop]
+    updated: Tensor = torch.linalg.solve_triangular(inner, owed, upper=False, unitriangular=True).add_(weight)
+    return updated
 
 
 def _round_block(rows: _Rows, factor: Tensor, start: int, stop: int) -> None:
@@ -143,30 +180,6 @@ def _round_block(rows: _Rows, factor: Tensor, start: int, stop: int) -> None:
         torch.div(target, scale, out=codes).round_()
         codes.clamp_(rows.low[:, row], rows.high[:, row])
         torch.addcmul(rows.weight[:, row], codes, scale, value=-1, out=rows.errors[:, row])
-
-
-def _round_refitting(rows: _Rows, factor: Tensor, grid: AffineGrid, options: GPTQ, dtype: torch.dtype) -> AffineGrid:
-    """Round group by group, fitting each group's grid on its weights as updated by the groups before it."""
-    columns, scales, zero_points = rows.weight.shape[1], [], []
-    for start in range(0, columns, options.group_size):
-        stop = min(start + options.group_size, columns)
-        owed = rows.corrected(factor, start, stop).sub_(rows.weight[:, start:stop])
-        inner = factor[:, start:stop, start:stop]
-        updated = torch.linalg.solve_triangular(inner, owed, upper=False, unitriangular=True)
-        updated += rows.weight[:, start:stop]
-        scale, zero_point = fit_scales(updated.mT, options.bits, options.symmetric, options.scale_search, dtype)
-        low, high = AffineGrid(scale, zero_point, options.bits, 0).centred_range()
-        for target, value in ((rows.scale, scale), (rows.low, low), (rows.high, high)):
-            target[:, start:stop] = value[:, None, :]
-        _round_block(rows, factor, start, stop)
-        scales.append(scale.flatten())
-        if zero_point is not None:
-            zero_points.append(zero_point.flatten())
-    return dataclasses.replace(
-        grid,
-        scale=torch.stack(scales, dim=1),
-        zero_point=torch.stack(zero_points, dim=1) if zero_points else None,
-    )
 
 
 def _unit_factor(reversed_hessians: Tensor, dead: Tensor, damp: float) -> Tensor:
@@ -211,11 +224,3 @@ def _permuted(hessians: Tensor, order: Tensor) -> Tensor:
 def _take(rows: Tensor, order: Tensor) -> Tensor:
     """Rows [problems, in, ...] in `order` [problems, in], as a contiguous copy."""
     return rows.contiguous()[torch.arange(len(order))[:, None], order]
-
-
-def _by_column(values: Tensor, problems: int, groups: Tensor) -> Tensor:
-    """values [out or 1, groups] of all problems as [problems, in, out or 1], row k taking the group groups[:, k]."""
-    per_problem = values.expand(problems, -1, -1) if len(values) == 1 else values.unflatten(0, (problems, -1))
-    if values.shape[1] == 1:
-        return per_problem.mT.expand(-1, groups.shape[1], -1)
-    return _take(per_problem.mT, groups)

@@ -112,5 +112,6 @@ def spread(value: Tensor, stride: Sequence[int]) -> Tensor:
     """Put stride - 1 zeros between neighbours along each spatial axis of [n, channels, *space]."""
     space = [(size - 1) * step + 1 for size, step in zip(value.shape[2:], stride, strict=True)]
     result = value.new_zeros((*value.shape[:2], *space))
-    result[(..., *(slice(None, None, step) for step in stride))] = value
+    every = tuple(slice(None, None, step) for step in stride)
+    result[(slice(None), slice(None), *every)] = value
     return result

@@ -11,7 +11,7 @@ A layer's weight argument becomes
 
 import abc
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -94,34 +94,33 @@ class WeightPass(Pass):
         if not self.symmetric and not rules.weight_zero_point:
             raise PassError(f"target {rules.name} has no weights with zero points", fix=f"{self.name}:symmetric=true")
         kinds = {layer.kind for layer in program.layers() if not program.is_skipped(layer.name)}
-        wanted = [(self.embeddings, rules.embedding_bits)] if "embedding" in kinds and self.embeddings else []
-        layer_widths = [_widths(program, kind) for kind in sorted(kinds - {"embedding"})]
-        if layer_widths and all(self.bits not in widths for widths in layer_widths):
-            wanted.append((self.bits, frozenset[int]().union(*layer_widths)))
-        for bits, possible in wanted:
-            if bits not in possible:
-                nearest = min(possible, key=lambda width: (abs(width - bits), width), default=0)
-                option = "bits" if bits == self.bits and possible is not rules.embedding_bits else "embeddings"
-                raise PassError(
-                    f"target {rules.name} cannot run {self.name} with {option}={bits}",
-                    fix=f"the nearest it can is {option}={nearest}",
-                )
+        if "embedding" in kinds and self.embeddings:
+            self._require("embeddings", self.embeddings, rules.embedding_bits, rules.name)
+        widths = [_widths(program, kind) for kind in kinds - {"embedding"}]
+        if widths:
+            self._require("bits", self.bits, frozenset.union(*widths), rules.name)
         if self.needs_hessian and not program.calibration.batches:
             raise PassError(f"{self.name} needs calibration data", fix="give --calib")
+
+    def _require(self, option: str, bits: int, possible: frozenset[int], target: str) -> None:
+        if bits not in possible:
+            nearest = min(possible, key=lambda width: (abs(width - bits), width), default=0)
+            fix = f"the nearest it can is {self.name}:{option}={nearest}" if nearest else "leave these layers in float"
+            raise PassError(f"target {target} cannot run {self.name} with {option}={bits}", fix=fix)
 
     def run(self, program: Program) -> PassResult:
         """Quantize every layer that can be, in the graph's order."""
         changed, skipped = [], []
         walk = _Walk(program)
-        bits_used = weights = 0.0
+        stored_bits = weights = 0.0
         for layer in program.layers():
-            options = self._for_layer(program, layer)
-            reason = options._reason_to_skip(program, layer)
-            if reason:
-                skipped.append(Skip(layer.name, reason))
-                continue
-            matrix = layer.to_matrix(weight_of(program.graph, layer))
             try:
+                options = self._for_layer(program, layer)
+                reason = options._reason_to_skip(program, layer)
+                if reason:
+                    skipped.append(Skip(layer.name, reason))
+                    continue
+                matrix = layer.to_matrix(weight_of(program.graph, layer))
                 if layer.kind == "embedding":
                     quantized = options._quantize_table(matrix)
                 else:
@@ -130,16 +129,17 @@ class WeightPass(Pass):
                 raise PassError(error.what, node=layer.name, fix=error.fix) from error
             replace_weight(program.graph, layer, quantized)
             changed.append(layer.name)
-            bits_used += quantized.bits_per_weight * matrix.numel()
+            stored_bits += quantized.bits_per_weight * matrix.numel()
             weights += matrix.numel()
-        measured = {"bits_per_weight": bits_used / weights} if weights else {}
+        measured = {"bits_per_weight": stored_bits / weights} if weights else {}
         return PassResult(tuple(changed), tuple(skipped), measured)
 
     def _for_layer(self, program: Program, layer: Layer) -> "WeightPass":
         """These options as they hold for one layer."""
-        overrides = program.options_for(layer.name)
         fields = {field.name for field in dataclasses.fields(self)}
-        options = dataclasses.replace(self, **{key: value for key, value in overrides.items() if key in fields})
+        named = program.options_for(layer.name).items()
+        overrides: dict[str, Any] = {key: value for key, value in named if key in fields}
+        options = dataclasses.replace(self, **overrides)
         if layer.kind == "embedding":
             return dataclasses.replace(options, embeddings=overrides["bits"]) if "bits" in overrides else options
         if "bits" not in overrides and options.bits < HEAD_BITS and is_head(program.graph, layer):
@@ -178,9 +178,9 @@ class _Walk:
     def hessian(self, layer: Layer) -> Tensor:
         """X^T X / n of the layer's input, [groups, in, in]."""
         # What the rows depend on: the value, and for a convolution the kernel and how it moves.
-        reads = (layer.input, layer.kind)
+        reads: list[object] = [layer.input, layer.kind]
         if layer.kind != "linear":
-            reads = (*reads, layer.weight.meta["val"].shape[2:], layer.groups, layer.node.args[3:])
+            reads += [layer.weight.meta["val"].shape[2:], layer.groups, layer.node.args[3:]]
         if self._held is None or self._held[0] != reads:
             self._held = None  # so that two layers' moments are never held
             self._stream.advance(layer.node)
