@@ -111,7 +111,7 @@ def read_recipe(flags: Mapping[str, Any], file: Path | None = None, folder: Path
 
     A flag that is None, False or () was not given. Raises InputError naming the flag, or the file and its key.
     """
-    given = {name: value for name, value in flags.items() if value not in (None, False, ())}
+    given = {name: value for name, value in flags.items() if not (value is None or value is False or value == ())}
     return Recipe(**_from_toml(file, folder or Path.cwd()) | given)
 
 
