@@ -15,7 +15,7 @@ DequantizeLinear at a multiple of the layer's own time.
 
 import dataclasses
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import onnx
@@ -63,15 +63,20 @@ def optimized_kernels(artifact: Artifact, runtime: OnnxRuntime | None = None) ->
         return kernels_in(onnx.load(path, load_external_data=False))
 
 
-def kernel_of_layers(model: Path, optimized: Sequence[Kernel]) -> dict[str, str | None]:
-    """{layer: kernel} of every `<layer>.weight_codes` in the file; None where nothing of the layer was found again.
+def kernel_of_layers(
+    model: Path, optimized: Sequence[Kernel], layers: Mapping[str, str] | None = None
+) -> dict[str, str | None]:
+    """{layer: kernel}; None where nothing of the layer was found again.
 
-    A weight that is prepared at every run shows it: "DequantizeLinear+Gemm". One used twice names both kernels.
+    `layers` is {layer: initializer of its codes}, by default every `<layer>.weight_codes` in the file. A kernel whose
+    constants are prepared at every run shows it: "DequantizeLinear+Gemm". Codes used twice name both kernels.
     """
     written = onnx.load(model, load_external_data=False)
-    names = [tensor.name for tensor in written.graph.initializer if tensor.name.endswith(CODES)]
-    before, after = _Readers(kernels_in(written)), _Readers(optimized)
-    return {name.removesuffix(CODES): _kernel(name, names, before, after) for name in names}
+    if layers is None:
+        names = [tensor.name for tensor in written.graph.initializer if tensor.name.endswith(CODES)]
+        layers = {name.removesuffix(CODES): name for name in names}
+    before, after = _Graph(kernels_in(written)), _Graph(optimized)
+    return {layer: _kernel(codes, layers.values(), before, after) for layer, codes in layers.items()}
 
 
 def weight_dequantize_left(kernels: Sequence[Kernel]) -> tuple[Kernel, ...]:
@@ -86,29 +91,37 @@ def weight_dequantize_left(kernels: Sequence[Kernel]) -> tuple[Kernel, ...]:
     return tuple(found)
 
 
-class _Readers:
-    """Who reads a value, of all the kernels of a graph."""
+class _Graph:
+    """Who reads and who makes a value, of all the kernels of a graph."""
 
     def __init__(self, kernels: Sequence[Kernel]) -> None:
         self.kernels = tuple(kernels)
-        self._prepare = frozenset(weight_dequantize_left(kernels))
-        self._of: dict[str, list[Kernel]] = {}
+        self._prepares = frozenset(weight_dequantize_left(kernels))
+        self._makes = {output: kernel for kernel in self._prepares for output in kernel.outputs}
+        self._reads: dict[str, list[Kernel]] = {}
         for kernel in kernels:
             for name in dict.fromkeys(kernel.inputs):
-                self._of.setdefault(name, []).append(kernel)
+                self._reads.setdefault(name, []).append(kernel)
 
-    def paths(self, constant: str) -> Iterator[tuple[Kernel, ...]]:
-        """Every way from a constant to a node that reads more than constants: those that prepare it, then that node."""
-        for kernel in self._of.get(constant, []):
-            if kernel not in self._prepare:
-                yield (kernel,)
-                continue
-            for output in kernel.outputs:
-                for rest in self.paths(output):
-                    yield (kernel, *rest)
+    def users(self, constant: str) -> Iterator[Kernel]:
+        """The nodes that combine a constant with something else, directly or after others prepared it."""
+        for kernel in self._reads.get(constant, []):
+            if kernel in self._prepares:
+                for output in kernel.outputs:
+                    yield from self.users(output)
+            else:
+                yield kernel
+
+    def label(self, kernel: Kernel) -> str:
+        """The operators that prepare its constants at every run, and its own."""
+        return "+".join(dict.fromkeys([*self._prepared_by(kernel), kernel.op]))
+
+    def _prepared_by(self, kernel: Kernel) -> list[str]:
+        makers = [self._makes[name] for name in kernel.inputs if name in self._makes]
+        return [op for maker in makers for op in (*self._prepared_by(maker), maker.op)]
 
 
-def _kernel(codes: str, all_codes: Sequence[str], before: _Readers, after: _Readers) -> str | None:
+def _kernel(codes: str, all_codes: Iterable[str], before: _Graph, after: _Graph) -> str | None:
     others = tuple(name for name in all_codes if name != codes and name.startswith(codes))
     names = {
         name
@@ -116,11 +129,11 @@ def _kernel(codes: str, all_codes: Sequence[str], before: _Readers, after: _Read
         for name in kernel.constants
         if (name == codes or name.startswith(f"{codes}_")) and not name.startswith(others)
     }
-    found = [path for name in sorted(names) for path in after.paths(name)]
-    if not found:
-        origins = [path[-1] for path in before.paths(codes)]
-        found = [(kernel,) for kernel in after.kernels if any(_same(origin, kernel) for origin in origins)]
-    return ", ".join(dict.fromkeys("+".join(kernel.op for kernel in path) for path in found)) or None
+    found = [kernel for name in sorted(names) for kernel in after.users(name)]
+    for origin in before.users(codes):
+        if not any(_same(origin, kernel) for kernel in found):
+            found += [kernel for kernel in after.kernels if _same(origin, kernel)]
+    return ", ".join(dict.fromkeys(after.label(kernel) for kernel in found)) or None
 
 
 def _same(origin: Kernel, kernel: Kernel) -> bool:

@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 EXACT_DB = 300.0
 """SQNR of equal values; beyond what float64 tells apart (2^-53 is 319 dB in one element, far less over a sum)."""
 
-WORST = float(np.finfo(np.float32).max)
+WORST = 1e38
 """Stands for an unbounded error."""
 
 BLOCK = 1 << 20
