@@ -24,8 +24,8 @@ from torch import Tensor, fx
 
 from passes.base import ChannelStatistics, Pass, PassResult, Program, Skip
 from passes.calibration import watch_values
-from passes.equalize_pairs import CLAMPS, Cap, Pair, find_pairs
-from passes.graph import Layer, add_tensor, aten, bias_of, call_before, set_bias, set_weight, weight_of
+from passes.equalize_pairs import Pair, find_pairs, observe_shapes, set_cap
+from passes.graph import Layer, aten, bias_of, set_bias, set_weight, weight_of
 
 DEAD = 2.0**-20
 """A channel whose range is below this part of its layer's largest is dead: no code of 8 bits would ever tell it from 0,
@@ -58,7 +58,7 @@ class CrossLayerEqualization(Pass):
     def run(self, program: Program) -> PassResult:
         """Find the pairs, equalize copies of their ranges, then write every weight once."""
         graph = program.graph
-        pairs, skipped = find_pairs(graph, program.calibration.batches[0])
+        pairs, skipped = find_pairs(graph, observe_shapes(graph, program.calibration.batches[0]))
         measured: dict[str, float | str] = {"pairs": len(pairs)}
         if self.replace_relu6:
             dropped, kept = _drop_unreached_caps(program, pairs)
@@ -190,21 +190,6 @@ def _rescale(program: Program, layer: Layer, outputs: Tensor | None, inputs: Ten
             mean, std = statistics.mean / outputs, statistics.std / outputs
             program.channel_stats[layer.name] = ChannelStatistics(mean.float(), std.float())
     set_weight(graph, layer, layer.from_matrix(matrix.to(weight.dtype), weight.shape))
-
-
-def set_cap(graph: fx.GraphModule, layer: Layer, cap: Cap, limit: Tensor) -> None:
-    """Make the node compute min(relu(x), limit), or min(x, limit) if it had no relu in it."""
-    node = cap.node
-    value = node.meta["val"]
-    x = node.args[0]
-    if node.target in CLAMPS:
-        x = call_before(graph, node, aten.relu.default, (x,))
-        x.meta["val"] = value
-    constant = add_tensor(graph, f"{layer.name.replace('@', '_')}.cap", limit.to(value.dtype), node)
-    minimum = call_before(graph, node, aten.minimum.default, (x, constant))
-    minimum.meta["val"] = value
-    node.replace_all_uses_with(minimum)
-    graph.graph.erase_node(node)
 
 
 def _drop_unreached_caps(program: Program, pairs: list[Pair]) -> tuple[set[fx.Node], list[Skip]]:

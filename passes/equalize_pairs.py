@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from passes.base import Skip
 from passes.calibration import Batch, watch_values
-from passes.graph import Layer, aten, find_layers, get_tensor
+from passes.graph import Layer, add_tensor, aten, call_before, find_layers, get_tensor
 
 RELUS = {aten.relu.default}
 LEAKY = {aten.leaky_relu.default, aten.prelu.default}
@@ -47,6 +47,9 @@ REDUCTIONS = {aten.mean.dim, aten.amax.default}
 JOINS = {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.cat.default}
 NO_DATA = {aten.sym_size.int}
 """Readers that look at a shape only."""
+
+Shapes = dict[fx.Node, torch.Size | int]
+"""Shape of every tensor and value of every size that a graph computes for one batch."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,27 +86,32 @@ class Pair:
         return f"{self.first.name} -> {self.second.name}"
 
 
-class _BlockedError(Exception):
-    """Why the walk from a layer ends before another layer."""
+class BlockedError(Exception):
+    """Why channels cannot be followed, or a value not moved along them, from a layer to the next."""
 
 
-def find_pairs(graph: fx.GraphModule, batch: Batch) -> tuple[list[Pair], list[Skip]]:
-    """All pairs in the graph's order, and for every other layer why no pair starts at it; `batch` gives the shapes."""
-    values: dict[fx.Node, torch.Size | int] = {}
+def observe_shapes(graph: fx.GraphModule, batch: Batch) -> Shapes:
+    """Shapes of the graph's tensors and values of its sizes, for one batch."""
+    shapes: Shapes = {}
 
     def note(node: fx.Node, value: object) -> None:
         if isinstance(value, Tensor):
-            values[node] = value.shape
+            shapes[node] = value.shape
         elif isinstance(value, int):
-            values[node] = value
+            shapes[node] = value
 
     watch_values(graph, [batch], note)
-    walk = _Walk(graph, values)
+    return shapes
+
+
+def find_pairs(graph: fx.GraphModule, shapes: Shapes) -> tuple[list[Pair], list[Skip]]:
+    """All pairs in the graph's order, and for every other layer why no pair starts at it."""
+    walk = _Walk(graph, shapes)
     pairs, skipped = [], []
     for layer in walk.layers.values():
         try:
             pairs.append(walk.follow(layer))
-        except _BlockedError as blocked:
+        except BlockedError as blocked:
             skipped.append(Skip(layer.name, str(blocked)))
     return pairs, skipped
 
@@ -114,16 +122,16 @@ def channel_axis(layer: Layer, dim: int) -> int:
 
 
 class _Walk:
-    def __init__(self, graph: fx.GraphModule, values: dict[fx.Node, torch.Size | int]) -> None:
+    def __init__(self, graph: fx.GraphModule, shapes: Shapes) -> None:
         self.graph = graph
-        self.values = values
+        self.shapes = shapes
         self.layers = {layer.node: layer for layer in find_layers(graph) if layer.kind != "embedding"}
 
     def follow(self, first: Layer) -> Pair:
         """The pair that starts at `first`."""
         _check_constants(first)
         node, path, caps = first.node, list[fx.Node](), list[Cap]()
-        shape = self.values[node]
+        shape = self.shapes[node]
         assert isinstance(shape, torch.Size)
         axis = channel_axis(first, len(shape))
         index = torch.arange(shape[axis]).view([-1 if a == axis else 1 for a in range(len(shape))])
@@ -145,7 +153,7 @@ class _Walk:
     def _arrive(self, second: Layer, probe: Tensor) -> Tensor:
         rows = probe.movedim(channel_axis(second, probe.dim()), -1).flatten(0, -2)
         if not bool((rows == rows[:1]).all()):
-            raise _BlockedError(f"its channels are mixed with other axes on the way to {second.name}")
+            raise BlockedError(f"its channels are mixed with other axes on the way to {second.name}")
         return rows[0].clone()
 
     def _per_channel(self, node: fx.Node, probe: Tensor) -> Tensor:
@@ -154,7 +162,7 @@ class _Walk:
                 probe = probe.narrow(axis, 0, 1)
         shape = node.meta["val"].shape
         if any(size > 1 and not isinstance(shape[axis], int) for axis, size in enumerate(probe.shape)):
-            raise _BlockedError(f"its channels lie along an axis without a fixed size at {node.name}")
+            raise BlockedError(f"its channels lie along an axis without a fixed size at {node.name}")
         return probe.clone()
 
     def _through(self, node: fx.Node, reader: fx.Node, probe: Tensor) -> Tensor:
@@ -164,31 +172,31 @@ class _Walk:
             if target in RELUS or target in LEAKY or is_relu(reader):
                 return probe
             if target in SHAPES:
-                arguments = fx.node.map_arg(reader.args[1:], lambda size: self.values[size])
+                arguments = fx.node.map_arg(reader.args[1:], lambda size: self.shapes[size])
                 result: Tensor = target(probe.contiguous(), *arguments, **reader.kwargs)
                 return result
             if target in POOLS:
                 return self._resize(reader, probe, list(range(-POOLS[target], 0)))
             if target in PADS:
                 if pad_mode(reader) == "constant" and pad_value(reader) != 0:
-                    raise _BlockedError(f"{reader.name} pads with {pad_value(reader)}")
+                    raise BlockedError(f"{reader.name} pads with {pad_value(reader)}")
                 widths = reader.args[1]
                 assert isinstance(widths, list | tuple)
                 return self._resize(reader, probe, list(range(-(len(widths) // 2), 0)))
             if target in REDUCTIONS:
                 return self._reduce(reader, probe)
         if target in JOINS:
-            raise _BlockedError(f"{reader.name} ({target}) joins another branch")
+            raise BlockedError(f"{reader.name} ({target}) joins another branch")
         if target in CLAMPS:
-            raise _BlockedError(f"{reader.name} ({target}) clamps from below at a value that is not 0")
-        raise _BlockedError(f"{reader.name} ({target}) does not pass a scale of its channels through")
+            raise BlockedError(f"{reader.name} ({target}) clamps from below at a value that is not 0")
+        raise BlockedError(f"{reader.name} ({target}) does not pass a scale of its channels through")
 
     def _resize(self, reader: fx.Node, probe: Tensor, axes: list[int]) -> Tensor:
         if not _constant(probe, axes):
-            raise _BlockedError(f"{reader.name} ({reader.target}) works across channels")
+            raise BlockedError(f"{reader.name} ({reader.target}) works across channels")
         for axis in axes:
             probe = probe.narrow(axis, 0, 1)
-        shape = self.values[reader]
+        shape = self.shapes[reader]
         assert isinstance(shape, torch.Size)
         return probe.expand(shape)
 
@@ -196,7 +204,7 @@ class _Walk:
         axes = reader.args[1] if len(reader.args) > 1 else None
         axes = [axes] if isinstance(axes, int) else axes
         if not isinstance(axes, list | tuple) or not axes or not _constant(probe, list(axes)):
-            raise _BlockedError(f"{reader.name} ({reader.target}) works across channels")
+            raise BlockedError(f"{reader.name} ({reader.target}) works across channels")
         return probe.amax(axes, keepdim=bool(reader.args[2]) if len(reader.args) > 2 else False)
 
 
@@ -211,15 +219,15 @@ def _constant(probe: Tensor, axes: list[int]) -> bool:
 def _only_reader(node: fx.Node) -> fx.Node:
     readers = [user for user in node.users if user.target not in NO_DATA]
     if len(readers) != 1:
-        raise _BlockedError(f"{node.name} has {len(readers)} readers")
+        raise BlockedError(f"{node.name} has {len(readers)} readers")
     if readers[0].op == "output":
-        raise _BlockedError("it feeds an output of the model")
+        raise BlockedError("it feeds an output of the model")
     return readers[0]
 
 
 def _check_constants(layer: Layer) -> None:
     if layer.weight.op != "get_attr" or (layer.bias is not None and layer.bias.op != "get_attr"):
-        raise _BlockedError(f"the weight or bias of {layer.name} is computed")
+        raise BlockedError(f"the weight or bias of {layer.name} is computed")
 
 
 def clamp_bounds(node: fx.Node) -> tuple[object, object]:
@@ -259,3 +267,18 @@ def pad_value(node: fx.Node) -> float:
     index = 3 if node.target is aten.pad.default else 2
     value = node.args[index] if len(node.args) > index else 0
     return float(value) if isinstance(value, int | float) else 0.0
+
+
+def set_cap(graph: fx.GraphModule, layer: Layer, cap: Cap, limit: Tensor) -> None:
+    """Make the node compute min(relu(x), limit), or min(x, limit) if it had no relu in it."""
+    node = cap.node
+    value = node.meta["val"]
+    x = node.args[0]
+    if node.target in CLAMPS:
+        x = call_before(graph, node, aten.relu.default, (x,))
+        x.meta["val"] = value
+    constant = add_tensor(graph, f"{layer.name.replace('@', '_')}.cap", limit.to(value.dtype), node)
+    minimum = call_before(graph, node, aten.minimum.default, (x, constant))
+    minimum.meta["val"] = value
+    node.replace_all_uses_with(minimum)
+    graph.graph.erase_node(node)
