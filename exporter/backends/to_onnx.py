@@ -131,9 +131,9 @@ class Builder:
         self.nodes.append(node)
         return node.outputs[0]
 
-    def constant(self, name: str, array: Array | ir.TensorProtocol) -> ir.Value:
+    def constant(self, name: str, array: Array | np.generic | ir.TensorProtocol) -> ir.Value:
         """An initializer of its own (never one shared with another layer), named after the layer."""
-        tensor = ir.tensor(array) if isinstance(array, np.ndarray) else array
+        tensor = ir.tensor(np.asarray(array)) if isinstance(array, np.ndarray | np.generic) else array
         full, count = f"{self.scope}.{name}", 1
         while full in self.model.graph.initializers:
             count += 1

@@ -1,0 +1,239 @@
+"""Reference against artifact: outputs, and layer by layer.
+
+Four networks see the same held-out samples:
+
+    reference   the float capture
+    plain       the lowered graph in eager torch: what the file says
+    simulated   plain and what the runtime's kernels add by themselves: `eager_quantized`
+    artifact    the file in its runtime, as shipped and unoptimized
+
+reference - simulated is the cost of quantization, plain - unoptimized artifact a fault of the lowering, and
+simulated - artifact the runtime's own arithmetic. Layers are compared with the float twin: the same layers with float
+weights, as they were before the first quantizing pass.
+"""
+
+import dataclasses
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from torch import Tensor, fx
+
+from exporter.backends.base import Lowered
+from exporter.backends.fuse import quantized_weight
+from exporter.backends.lowered_ops import MARK
+from exporter.metrics import Comparison, Figures
+from exporter.report import LayerDiff, LayerSqnr
+from passes.base import Program
+from passes.calibration import Batch, cut
+from passes.graph import Layer, find_layers, get_tensor
+from passes.ops import FAKE_QUANTIZE, FAKE_QUANTIZE_DYNAMIC
+from runtimes.base import Artifact, Array, Session
+from runtimes.eager import EagerSession
+from runtimes.ort import OnnxRuntime
+
+LAYER_BATCH = 8
+"""Samples whose layer outputs are held at once."""
+
+OutputFigures = dict[str, Figures]
+
+
+def arrays(batch: Batch) -> dict[str, Array]:
+    """A batch as numpy arrays."""
+    return {name: value.numpy() for name, value in batch.items()}
+
+
+def eager_session(program: Program, graph: fx.GraphModule) -> EagerSession:
+    """A session that runs one of the program's graphs in eager torch."""
+    names = tuple(program.calibration.batches[0])
+    return EagerSession(graph, names, program.output_names)
+
+
+def compare_outputs(reference: Session, value: Session, batches: Sequence[Batch]) -> OutputFigures:
+    """Figures of every output over the batches."""
+    comparisons = {name: Comparison() for name in reference.outputs}
+    for batch in batches:
+        feeds = arrays(batch)
+        expected, actual = reference.run(feeds), value.run(feeds)
+        for name, comparison in comparisons.items():
+            comparison.add(expected[name], actual[name])
+    return {name: comparison.figures() for name, comparison in comparisons.items()}
+
+
+@dataclasses.dataclass
+class _LayerComparison:
+    own: Comparison = dataclasses.field(default_factory=Comparison)
+    accumulated: Comparison = dataclasses.field(default_factory=Comparison)
+    runtime: Comparison = dataclasses.field(default_factory=Comparison)
+    lowering: Comparison = dataclasses.field(default_factory=Comparison)
+
+
+def compare_layers(
+    program: Program, lowered: Lowered, kernels: Mapping[str, str | None], progress: Callable[[int, int], None]
+) -> tuple[LayerDiff, ...]:
+    """Every layer with a weight: how it is stored and how far its output is from the float twin's."""
+    twin = program.float_twin or program.graph
+    twins = {layer.name: layer for layer in find_layers(twin)}
+    quantized = {layer.name: layer for layer in find_layers(program.graph)}
+    found = {name: _LayerComparison() for name in quantized if name in twins}
+    batches = [small for batch in program.calibration.holdout for small in cut(batch, LAYER_BATCH)]
+    with tempfile.TemporaryDirectory() as folder:
+        tapped = tapped_session(lowered, Path(folder))
+        for index, batch in enumerate(batches):
+            progress(index, len(batches))
+            floats, inputs = _run_layers(twin, twins, batch)
+            simulated, plain = _marks(lowered.simulated, batch), _marks(lowered.graph, batch)
+            from_file = tapped.run(arrays(batch))
+            for name, comparison in found.items():
+                alone = own_output(program.graph, quantized[name], inputs[name])
+                comparison.own.add(floats[name], alone.numpy())
+                comparison.accumulated.add(floats[name], simulated[name])
+                comparison.runtime.add(floats[name], from_file[lowered.taps[name]])
+                comparison.lowering.add(plain[name], from_file[lowered.taps[name]])
+    stored = {layer.name: layer for layer in lowered.layers}
+    return tuple(
+        _layer_diff(program, twin, twins[name], quantized[name], comparison, stored.get(name), kernels.get(name))
+        for name, comparison in found.items()
+    )
+
+
+def _layer_diff(
+    program: Program,
+    twin: fx.GraphModule,
+    float_layer: Layer,
+    layer: Layer,
+    comparison: _LayerComparison,
+    stored: Any,
+    kernel: str | None,
+) -> LayerDiff:
+    weight = get_tensor(twin, float_layer.weight)
+    figures, sqnr = comparison.accumulated.figures(), None
+    if quantized_weight(layer) is not None:
+        rounded = Comparison()
+        rounded.add(weight.numpy(), evaluate(program.graph, layer.weight).numpy())
+        sqnr = rounded.figures().sqnr_db
+    return LayerDiff(
+        name=layer.name,
+        kind=layer.kind,
+        format=stored.format if stored else str(weight.dtype).removeprefix("torch."),
+        bits_per_weight=stored.bits_per_weight if stored else 8.0 * weight.element_size(),
+        params=weight.numel(),
+        weight_sqnr_db=sqnr,
+        output_sqnr_db=LayerSqnr(
+            own=comparison.own.figures().sqnr_db,
+            accumulated=figures.sqnr_db,
+            onnxruntime=comparison.runtime.figures().sqnr_db,
+            onnxruntime_vs_eager_quantized=comparison.lowering.figures().sqnr_db,
+        ),
+        cosine=figures.cosine,
+        max_abs=figures.max_abs,
+        kernel=kernel,
+    )
+
+
+class _Recorder(fx.Interpreter):
+    """Keeps what `keep` makes of a node's arguments and value."""
+
+    def __init__(self, graph: fx.GraphModule, keep: Callable[[fx.Node, tuple[Any, ...], Any], None]) -> None:
+        super().__init__(graph)
+        self._keep = keep
+
+    def run_node(self, n: fx.Node) -> Any:
+        args, _ = self.fetch_args_kwargs_from_env(n)
+        value = super().run_node(n)
+        self._keep(n, args, value)
+        return value
+
+
+def _run(graph: fx.GraphModule, batch: Batch, keep: Callable[[fx.Node, tuple[Any, ...], Any], None]) -> None:
+    names = [node.name for node in graph.graph.nodes if node.op == "placeholder"]
+    with torch.no_grad():
+        _Recorder(graph, keep).run(*(batch[name] for name in names))
+
+
+def _run_layers(
+    twin: fx.GraphModule, layers: Mapping[str, Layer], batch: Batch
+) -> tuple[dict[str, Array], dict[str, Tensor]]:
+    """{layer: output} and {layer: input} in the float twin."""
+    by_node = {layer.node: layer for layer in layers.values()}
+    outputs: dict[str, Array] = {}
+    inputs: dict[str, Tensor] = {}
+
+    def keep(node: fx.Node, args: tuple[Any, ...], value: Any) -> None:
+        layer = by_node.get(node)
+        if layer is not None:
+            outputs[layer.name], inputs[layer.name] = value.numpy(), args[layer.input_arg]
+
+    _run(twin, batch, keep)
+    return outputs, inputs
+
+
+def _marks(graph: fx.GraphModule, batch: Batch) -> dict[str, Array]:
+    """{layer: output} in a lowered graph."""
+    marks: dict[str, Array] = {}
+
+    def keep(node: fx.Node, args: tuple[Any, ...], value: Any) -> None:
+        if node.target is MARK:
+            marks[str(args[1])] = value.numpy()
+
+    _run(graph, batch, keep)
+    return marks
+
+
+def own_output(graph: fx.GraphModule, layer: Layer, value: Tensor) -> Tensor:
+    """What the quantized layer yields when it is fed `value`, its own activation quantizer included."""
+    source = layer.input
+    with torch.no_grad():
+        if source.target in (FAKE_QUANTIZE, FAKE_QUANTIZE_DYNAMIC):
+            rest = [evaluate(graph, arg) if isinstance(arg, fx.Node) else arg for arg in source.args[1:]]
+            assert callable(source.target)
+            value = source.target(value, *rest)
+        args = [
+            value if index == layer.input_arg else evaluate(graph, arg) if isinstance(arg, fx.Node) else arg
+            for index, arg in enumerate(layer.node.args)
+        ]
+        assert callable(layer.node.target)
+        result: Tensor = layer.node.target(*args, **layer.node.kwargs)
+    return result
+
+
+def evaluate(graph: fx.GraphModule, node: fx.Node) -> Tensor:
+    """The value of a node that depends on constants only."""
+    if node.op == "get_attr":
+        return get_tensor(graph, node)
+    args = [evaluate(graph, arg) if isinstance(arg, fx.Node) else arg for arg in node.args]
+    assert callable(node.target)
+    result: Tensor = node.target(*args, **node.kwargs)
+    return result
+
+
+def tapped_session(lowered: Lowered, folder: Path) -> Session:
+    """The artifact, unoptimized, with every layer's output among its outputs.
+
+    Unoptimized, because making a value visible would keep the optimizer from fusing the layer.
+    """
+    artifact = lowered.artifact
+    model = onnx.load(artifact.model)
+    present = {value.name for value in model.graph.output}
+    taps = [name for name in dict.fromkeys(lowered.taps.values()) if name not in present]
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in taps)
+    path = folder / "tapped.onnx"
+    big = sum(len(tensor.raw_data) for tensor in model.graph.initializer) > 1 << 30
+    onnx.save(model, path, save_as_external_data=big)
+    outputs = (*artifact.outputs, *taps)
+    return OnnxRuntime(optimize=False).load(Artifact("onnxruntime", path, artifact.inputs, outputs))
+
+
+def predictor(session: Session) -> Callable[[Mapping[str, Any]], dict[str, Array]]:
+    """The session as the `predict(inputs) -> outputs` that an evaluation function calls with tensors or arrays."""
+
+    def predict(inputs: Mapping[str, Any]) -> dict[str, Array]:
+        return session.run({name: np.asarray(value) for name, value in inputs.items()})
+
+    return predict
+
+
