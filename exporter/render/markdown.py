@@ -130,6 +130,7 @@ def _repeat(report: Report) -> str:
     environment = ", ".join(f"{key} {_plain(value)}" for key, value in report.environment.items())
     source = ", ".join(f"{key} {_plain(value)}" for key, value in report.calibration.items())
     lines = [f"```\n{shlex.join(words)}\n```"]
+    lines += ["with the rules per layer of `recipe.layers` in report.json"] if report.recipe.get("layers") else []
     lines += [f"Calibration: {_cell(source)}"] if source else []
     lines += [f"Made with {_cell(environment)}"] if environment else []
     return "\n\n".join(["**Repeat**", *lines])

@@ -92,7 +92,7 @@ def _sizes(report: Report) -> Table:
 def _gates(report: Report) -> Table:
     table = _table("gate", "measured", "verdict", "at")
     table.columns[-2].justify = table.columns[-1].justify = "left"
-    table.columns[-1].no_wrap = False
+    table.columns[-1].no_wrap, table.columns[-1].overflow = False, "fold"
     for gate in report.gates:
         state = gate_state(gate)
         _add(table, shorten(gate.expr, 34), metric(gate.value), Text(state, style=STYLES[state]), gate.where)
