@@ -34,6 +34,9 @@ from passes.weights import AffineWeight, group_columns
 MAX_DAMP = 10.0
 """Damping, as a fraction of the mean diagonal, past which the Hessian says nothing about the weights."""
 
+OUTPUTS_AT_ONCE = 2048
+"""Outputs worked on together: bounds the memory, and keeps a block of columns in the cache."""
+
 
 @dataclasses.dataclass(frozen=True)
 class GPTQ(WeightPass):
@@ -91,16 +94,26 @@ def _quantize(weight: Tensor, hessians: Tensor, options: GPTQ) -> AffineWeight:
     if not torch.isfinite(diagonal).all():
         raise PassError("the layer's inputs are not finite on the calibration data", fix="check the calibration data")
     dead = diagonal == 0  # [problems, in]
-    work = weight.unflatten(0, (problems, -1)).masked_fill(dead[:, None, :], 0)  # [problems, out / problems, in]
+    alive = weight.unflatten(0, (problems, -1)).masked_fill(dead[:, None, :], 0)  # [problems, out / problems, in]
     if options.act_order:
         order = diagonal.masked_fill(dead, -1).argsort(dim=-1, descending=True, stable=True)
     else:
         order = torch.arange(columns).expand(problems, -1)
     factor = _unit_factor(_permuted(hessians, order.flip(-1)), dead.sum(-1), options.damp)
-    rows = _Rows(_take(work.float().mT, order))
+    one_grid = _fit(alive, options) if options.group_size == 0 else None
+    parts = [_quantize_outputs(part, factor, order, one_grid, options) for part in alive.split(OUTPUTS_AT_ONCE, dim=1)]
+    return parts[0] if len(parts) == 1 else _joined(parts, problems)
+
+
+def _quantize_outputs(
+    weight: Tensor, factor: Tensor, order: Tensor, one_grid: AffineGrid | None, options: GPTQ
+) -> AffineWeight:
+    """Quantize some outputs of every problem, weight [problems, outputs, in]; outputs do not touch each other."""
+    columns = weight.shape[2]
+    rows = _Rows(_take(weight.float().mT, order))
     width = group_columns(columns, options.group_size)
     if options.act_order or width == columns:
-        grid = _fit(work, options)
+        grid = one_grid or _fit(weight, options)
         rows.set_grid(grid, order // width, 0)
         for start in range(0, columns, options.block_size):
             _round_block(rows, factor, start, min(start + options.block_size, columns))
@@ -112,26 +125,42 @@ def _quantize(weight: Tensor, hessians: Tensor, options: GPTQ) -> AffineWeight:
             grids.append(_fit(_updated(rows, factor, start, stop).mT.to(weight.dtype), options))
             rows.set_grid(grids[-1], (order[:, start:stop] - start) // width, start)
             _round_block(rows, factor, start, stop)
-        grid = _joined(grids, options)
+        grid = AffineGrid(
+            torch.cat([grid.scale for grid in grids], dim=1),
+            None if options.symmetric else torch.cat([_present(grid.zero_point) for grid in grids], dim=1),
+            options.bits,
+            options.group_size,
+        )
     centred = _take(rows.codes, order.argsort(dim=-1)).mT.flatten(0, 1)
     return grid.with_centred_codes(centred)
 
 
+def _joined(parts: list[AffineWeight], problems: int) -> AffineWeight:
+    """The weight of all outputs from those of runs of outputs of each problem."""
+
+    def join(values: list[Tensor]) -> Tensor:
+        return torch.cat([value.unflatten(0, (problems, -1)) for value in values], dim=1).flatten(0, 1)
+
+    codes, first = join([part.codes for part in parts]), parts[0]
+    if first.group_size == 0:
+        return dataclasses.replace(first, codes=codes)
+    return dataclasses.replace(
+        first,
+        codes=codes,
+        scale=join([part.scale for part in parts]),
+        zero_point=None if first.zero_point is None else join([_present(part.zero_point) for part in parts]),
+    )
+
+
 def _fit(weight: Tensor, options: GPTQ) -> AffineGrid:
-    """Grids for the rows of all problems, weight [problems, out, in], as those of one matrix."""
+    """Grids for the outputs of all problems, weight [problems, outputs, in], as those of one matrix."""
     matrix = weight.flatten(0, 1)
     return fit_grid(matrix, options.bits, options.group_size, options.symmetric, options.scale_search)
 
 
-def _joined(grids: list[AffineGrid], options: GPTQ) -> AffineGrid:
-    """The grid of a matrix from those of its runs of columns."""
-    zero_points = [grid.zero_point for grid in grids if grid.zero_point is not None]
-    return AffineGrid(
-        torch.cat([grid.scale for grid in grids], dim=1),
-        torch.cat(zero_points, dim=1) if zero_points else None,
-        options.bits,
-        options.group_size,
-    )
+def _present(value: Tensor | None) -> Tensor:
+    assert value is not None
+    return value
 
 
 class _Rows:
