@@ -55,6 +55,11 @@ class Stream:
             self._run(node)
             self._last, node = node, node.next
 
+    def peek(self, node: fx.Node) -> list[Tensor]:
+        """What `node`, the next to run, yields for each batch; it has not run yet and may still be changed."""
+        with torch.no_grad():
+            return [interpreter.run_node(node) for interpreter in self._interpreters]
+
     def values(self, node: fx.Node) -> list[Tensor]:
         """The value of a node that has run, for each batch."""
         return [interpreter.env[node] for interpreter in self._interpreters]
