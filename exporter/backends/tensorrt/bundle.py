@@ -1,0 +1,128 @@
+"""A TensorRT bundle: what it takes to build an engine, here or on the machine that has the GPU.
+
+    model.onnx (+ model.onnx.data)    the quantized model in TensorRT's dialect
+    build.json                        schema, names of inputs and outputs, shapes, architectures, the quantized layers
+
+`finish` builds the engine and looks at what became of every quantized weight: one that TensorRT folded back to float
+gives the right answer at the wrong size and speed, so it counts as a failure.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import numpy_helper
+
+from exporter.backends.base import LoweredLayer
+from exporter.backends.tensorrt.build import EngineBuild, Flavor, Profile, build_engine
+from exporter.backends.tensorrt.folding import PackedWeight, StoredWeight, packed_weights, stored_weights
+
+MODEL = "model.onnx"
+DESCRIPTION = "build.json"
+SCHEMA_VERSION = 1
+
+
+class BundleError(ValueError):
+    """The folder is no bundle that this version can read; `str()` is one line that says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Bundle:
+    """What build.json says. `profiles` has (min, opt, max) shapes; no `arch` means every one from Ampere on."""
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    profiles: Mapping[str, Profile]
+    arch: tuple[str, ...]
+    layers: tuple[LoweredLayer, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineResult:
+    """A finished engine.
+
+    kernels  {quantized layer: the kernels that hold its weight or compute with it, in execution order}
+    folded   quantized layers whose weight the engine does not hold compressed
+    """
+
+    build: EngineBuild
+    kernels: Mapping[str, str]
+    folded: tuple[str, ...]
+
+
+def write_bundle(folder: Path, bundle: Bundle) -> None:
+    """Write build.json beside the model."""
+    described = {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(bundle)}
+    (folder / DESCRIPTION).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+
+
+def read_bundle(folder: Path) -> Bundle:
+    """What `folder` holds. Raises BundleError when it is not a bundle."""
+    path = folder / DESCRIPTION
+    if not path.is_file() or not (folder / MODEL).is_file():
+        raise BundleError(f"{folder} is no TensorRT bundle: it has to hold {DESCRIPTION} and {MODEL}")
+    try:
+        read = json.loads(path.read_text(encoding="utf-8"))
+        if read["schema_version"] != SCHEMA_VERSION:
+            raise BundleError(f"{path} has schema version {read['schema_version']}; this qexport reads {SCHEMA_VERSION}")
+        return Bundle(
+            inputs=tuple(read["inputs"]),
+            outputs=tuple(read["outputs"]),
+            profiles={str(name): _profile(shapes) for name, shapes in read["profiles"].items()},
+            arch=tuple(read["arch"]),
+            layers=tuple(LoweredLayer(**layer) for layer in read["layers"]),
+        )
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise BundleError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+
+
+def _profile(shapes: Sequence[Sequence[int]]) -> Profile:
+    low, opt, high = (tuple(int(size) for size in shape) for shape in shapes)
+    return low, opt, high
+
+
+def finish(
+    folder: Path,
+    engine: Path,
+    flavor: Flavor,
+    *,
+    arch: Sequence[str] | None = None,
+    profiles: Mapping[str, Profile] | None = None,
+    timeout_s: float = 3600.0,
+) -> EngineResult:
+    """Build the bundle in `folder` into the file `engine`; `arch` and `profiles` replace the bundle's own when given.
+
+    Raises BundleError, and BuildError when the builder is missing, refuses, crashes or is too slow. A folded weight is
+    not raised: the engine is there and right, and the caller decides.
+    """
+    bundle = read_bundle(folder)
+    model = folder / MODEL
+    build = build_engine(
+        model,
+        engine,
+        flavor,
+        # Full TensorRT builds for the GPU it finds, whatever an rtx engine would be for.
+        arch=() if flavor == "tensorrt" else bundle.arch if arch is None else arch,
+        profiles=bundle.profiles if profiles is None else profiles,
+        timeout_s=timeout_s,
+    )
+    weights = packed_weights(model)
+    stored = stored_weights(build, weights, _int8_codes(model, weights))
+    by_codes = {weight.weight.name: weight for weight in stored}
+    return EngineResult(
+        build,
+        {layer.name: ", ".join(by_codes[layer.codes].kernels) for layer in bundle.layers},
+        tuple(layer.name for layer in bundle.layers if by_codes[layer.codes].state != "compressed"),
+    )
+
+
+def _int8_codes(model: Path, weights: Sequence[PackedWeight]) -> dict[str, npt.NDArray[np.int8]]:
+    """The codes of the int8 weights, which can be looked for in an engine file."""
+    wanted = {weight.name for weight in weights if weight.dtype == "int8"}
+    tensors = onnx.load(str(model)).graph.initializer
+    return {tensor.name: numpy_helper.to_array(tensor) for tensor in tensors if tensor.name in wanted}

@@ -1,0 +1,100 @@
+"""The TensorRT target: a bundle of model.onnx in TensorRT's dialect and build.json, from which an engine is built.
+
+The bundle is whole without TensorRT: it can be carried to the machine with the GPU and finished there (`bundle.finish`).
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from exporter.backends.base import Backend, Lowered, LoweringError
+from exporter.backends.fuse import fuse
+from exporter.backends.lowered_ops import CONV_WEIGHT, EMBEDDING, LINEAR
+from exporter.backends.tensorrt.bundle import MODEL, Bundle, write_bundle
+from exporter.backends.tensorrt.dialect import TensorRTDialect
+from exporter.backends.tensorrt.profiles import choose_profiles
+from exporter.backends.to_onnx import expand, export, save
+from passes.base import Program, TargetRules
+from passes.graph import get_tensor, inputs_of
+from passes.ops import DEQUANTIZE, FAKE_QUANTIZE, FAKE_QUANTIZE_DYNAMIC
+from runtimes.base import Artifact
+
+ZERO_POINT_ARGUMENT = {LINEAR: 3, CONV_WEIGHT: 2, EMBEDDING: 2, DEQUANTIZE: 2}
+TOKEN_BITS_ARGUMENT = 7  # of LINEAR
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorRTBackend(Backend):
+    """Lowers to a bundle. `arch` names the GPU architectures that an rtx engine is for; none means all from Ampere on."""
+
+    arch: tuple[str, ...] = ()
+
+    name: ClassVar[str] = "trt"
+    rules: ClassVar[TargetRules] = TargetRules(
+        name="trt",
+        symmetric_activations=True,
+        conv_outputs=False,
+        integer_elementwise=False,
+        quantized_skip=True,
+        dynamic_activations=False,
+        weight_zero_point=False,
+        integer_kinds=frozenset({"linear", "conv"}),  # a transposed convolution runs in float behind int8 activations
+    )
+
+    def lower(self, program: Program, folder: Path) -> Lowered:
+        """Write model.onnx (and model.onnx.data past 2 GB) and build.json into `folder`.
+
+        TensorRT's kernels add nothing of their own to the lowered graph: sums of int8 products are exact, biases and
+        all that is not quantized stay float. So `simulated` is the lowered graph itself.
+        """
+        fused = fuse(program, block_quantizes_input=False)
+        refused = {**fused.refused, **refusals(fused.graph)}
+        if refused:
+            raise LoweringError(self.name, refused)
+        model = export(fused.graph, program.calibration.example(), program.dynamic, program.output_names)
+        dialect = TensorRTDialect()
+        taps = expand(model, dialect)
+        save(model, folder / MODEL)
+        inputs = tuple(node.name for node in inputs_of(fused.graph))
+        layers = tuple(dialect.layers)
+        write_bundle(folder, Bundle(inputs, program.output_names, choose_profiles(program), self.arch, layers))
+        artifact = Artifact("tensorrt", folder / MODEL, inputs, program.output_names)
+        return Lowered(artifact, fused.graph, fused.graph, layers, taps)
+
+
+def refusals(graph: fx.GraphModule) -> dict[str, str]:
+    """{layer or value: why} of everything in a lowered graph that TensorRT cannot express."""
+    refused: dict[str, str] = {}
+    for node in graph.graph.nodes:
+        if node.target in ZERO_POINT_ARGUMENT:
+            if node.args[ZERO_POINT_ARGUMENT[node.target]] is not None:
+                refused[_layer(node)] = "TensorRT has no weights with a zero point; use symmetric=true"
+            elif node.target is LINEAR and node.args[TOKEN_BITS_ARGUMENT]:
+                refused[_layer(node)] = "TensorRT has no per-token activations; use act-quant:mode=static"
+        elif node.target is FAKE_QUANTIZE_DYNAMIC:
+            refused[str(node.args[0])] = "TensorRT has no per-token activations; use act-quant:mode=static"
+        elif node.target is FAKE_QUANTIZE:
+            reason = _activation_refusal(graph, node)
+            if reason:
+                refused[str(node.args[0])] = reason
+    return refused
+
+
+def _activation_refusal(graph: fx.GraphModule, node: fx.Node) -> str:
+    zero_point, low, high = node.args[2:]
+    assert isinstance(zero_point, fx.Node)
+    assert isinstance(low, int)
+    assert isinstance(high, int)
+    if torch.count_nonzero(get_tensor(graph, zero_point)) or low < -128 or high > 127:
+        return f"TensorRT has no activations with a zero point or codes {low} to {high}; use act-quant:symmetric=true"
+    return ""
+
+
+def _layer(node: fx.Node) -> str:
+    """The name of the layer that a lowered node belongs to."""
+    if node.target is not DEQUANTIZE:
+        return str(node.args[-1])
+    return str(node.args[0]).removesuffix("_weight_codes")
