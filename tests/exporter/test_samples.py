@@ -140,7 +140,7 @@ def module(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
 
 
 def test_a_function_is_called(module: types.ModuleType) -> None:
-    module.batches = lambda: [{"x": X}, {"x": X}]  # type: ignore[attr-defined]  # a module made for the test
+    module.batches = lambda: [{"x": X}, {"x": X}]
     assert load_samples("calibration_functions:batches", WANTED, 512).count == 24
 
 
@@ -148,7 +148,7 @@ def test_a_function_that_fails_is_the_users_to_mend(module: types.ModuleType) ->
     def fails() -> None:
         raise RuntimeError("no data\nhere")
 
-    module.fails = fails  # type: ignore[attr-defined]  # as above
+    module.fails = fails
     with pytest.raises(InputError, match="calibration_functions:fails failed: RuntimeError: no data here"):
         load_samples("calibration_functions:fails", WANTED, 512)
     with pytest.raises(InputError, match="has no nothing"):
