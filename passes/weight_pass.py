@@ -11,7 +11,7 @@ A layer's weight argument becomes
 
 import abc
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor, fx
@@ -83,6 +83,8 @@ class WeightPass(Pass):
             raise PassError(f"{self.name}: embeddings={self.embeddings} is no width", fix="use embeddings=8, 4 or 0")
         if self.group_size < -1:
             raise PassError(f"{self.name}: group_size={self.group_size} is negative", fix="use -1 for per channel")
+        if self.scale_search not in get_args(ScaleSearch):
+            raise PassError(f"{self.name}: scale_search={self.scale_search} is no search", fix="use minmax or mse")
 
     @abc.abstractmethod
     def quantize(self, matrix: Tensor, hessian: Tensor | None) -> AffineWeight:
