@@ -1,7 +1,9 @@
 """What a long run says about itself while it runs, on stderr; results go to stdout."""
 
+import contextlib
 import sys
 import time
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -80,3 +82,15 @@ class RichProgress:
         """Move the stage's bar."""
         if self._task is not None and (done or time.monotonic() - self._started > PATIENCE_S):
             self._bars.update(self._task, completed=done, total=total, text=text)
+
+
+@contextlib.contextmanager
+def reporting(*, quiet: bool) -> Iterator[Progress]:
+    """What fits the occasion: nothing with `quiet`, bars on a terminal, lines elsewhere."""
+    if quiet:
+        yield Silent()
+    elif sys.stderr.isatty():
+        with RichProgress() as progress:
+            yield progress
+    else:
+        yield Lines()

@@ -6,8 +6,9 @@ Commas stand between passes, colons inside one. A recipe may also give a list, w
 
 import dataclasses
 import inspect
+import re
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from exporter.errors import InputError
@@ -20,16 +21,17 @@ FLAG = "--passes"
 
 @dataclasses.dataclass(frozen=True)
 class OptionDescription:
-    """An option of a pass: its name, type and default as a user writes them."""
+    """An option of a pass: its name, type and default as a user writes them, and what its class's docstring says."""
 
     name: str
     type: str
     default: str
+    meaning: str
 
 
 @dataclasses.dataclass(frozen=True)
 class PassDescription:
-    """A pass for people: `notes` is what its docstring says about the options."""
+    """A pass for people; `notes` is its docstring without the lines about single options."""
 
     name: str
     summary: str
@@ -76,11 +78,16 @@ def join_specs(entries: Sequence[str | Mapping[str, object]]) -> str:
 def describe(work: type[Pass]) -> PassDescription:
     """What `qexport passes NAME` shows."""
     hints = option_types(work)
+    meanings: dict[str, str] = {}
+    for ancestor in reversed(work.__mro__):
+        meanings |= _read_docstring(ancestor, hints)[1]
     options = tuple(
-        OptionDescription(field.name, describe_type(hints[field.name]), describe_value(field.default))
+        OptionDescription(
+            field.name, describe_type(hints[field.name]), describe_value(field.default), meanings.get(field.name, "")
+        )
         for field in _fields(work)
     )
-    notes = inspect.cleandoc(work.__doc__ or "")
+    notes = _read_docstring(work, hints)[0]
     return PassDescription(work.name, work.summary, work.paper, work.prerequisites, options, notes)
 
 
@@ -88,6 +95,25 @@ def option_types(work: type[Pass]) -> dict[str, Any]:
     """{option: type} of a pass."""
     hints = typing.get_type_hints(work)
     return {field.name: hints[field.name] for field in _fields(work)}
+
+
+def _read_docstring(owner: type, options: Collection[str]) -> tuple[str, dict[str, str]]:
+    """The docstring without its lines `option   what it means` (and their indented rest), and those by option."""
+    notes: list[str] = []
+    meanings: dict[str, str] = {}
+    current = ""
+    for line in inspect.cleandoc(owner.__doc__ or "").splitlines():
+        match = re.match(r"(\w+(?:, \w+)*) {2,}(\S.*)", line)
+        names = [name for name in match[1].split(", ") if name in options] if match else []
+        if match and names:
+            current = names[0]
+            meanings |= dict.fromkeys(names, match[2])
+        elif current and line.startswith("  "):
+            meanings[current] += f" {line.strip()}"
+        else:
+            current = ""
+            notes.append(line)
+    return "\n".join(notes).strip(), meanings
 
 
 def _parse_pass(spec: str) -> Pass:

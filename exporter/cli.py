@@ -1,0 +1,227 @@
+"""The command line: parse, call, print. What a command does is in its own module, imported when the command runs.
+
+Exit codes: 0 done, 1 a fault of ours, 2 bad usage or input, 3 a gate failed, 4 a target not completed or a figure not
+measured, 130 interrupted.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from exporter.errors import InternalError, QExportError
+from exporter.versions import VERSION
+
+USAGE = 2
+INTERRUPTED = 130
+COMPILE = "compile"
+FILE_WIDTH = 160
+
+
+class CompileByDefault(click.Group):
+    """`qexport MODEL ...` compiles: a first word that is no command is a model. ./passes is the file of that name."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Put the default command in front, unless one is there."""
+        if args and args[0] not in (*self.commands, *self.get_help_option_names(ctx), "--version"):
+            args = [COMPILE, *args]
+        return super().parse_args(ctx, args)
+
+    def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Both ways to call it."""
+        formatter.write_usage(ctx.command_path, "MODEL [OPTIONS]")
+        formatter.write_usage(ctx.command_path, "COMMAND [ARGS]...", prefix=" " * len("Usage: "))
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The commands, then the options of the default one."""
+        self.format_commands(ctx, formatter)
+        self.commands[COMPILE].format_options(ctx, formatter)
+
+
+@click.group(cls=CompileByDefault, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(VERSION, message="%(prog)s %(version)s")
+def cli() -> None:
+    """Compile a trained PyTorch model into a quantized ONNX file or a TensorRT engine, and measure what it costs.
+
+    MODEL is a torch.export archive, a state_dict or safetensors file (with --factory), a pickled module (with
+    --trust-model) or a Hugging Face folder; its bytes tell which.
+    """
+
+
+@cli.command(COMPILE, hidden=True)
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--passes", metavar="LIST", help="Passes in order: cle,gptq:bits=3:group_size=64. [default: cle,gptaq]")
+@click.option("--target", multiple=True, metavar="onnx|trt", help="What to make; may be repeated. [default: onnx]")
+@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Output folder. [default: out]")
+@click.option("--force", is_flag=True, help="Replace an output folder that is there.")
+@click.option("--calib", metavar="FILE|pkg.mod:function", help="Samples to calibrate and validate with.")
+@click.option("--calib-samples", type=int, metavar="N", help="Use so many of them. [default: 512]")
+@click.option("--input", "inputs", multiple=True, metavar="[NAME=]SHAPE[:dtype]", help="An input: x=8x3x32x32.")
+@click.option("--dynamic", multiple=True, metavar="NAME:AXIS[=label]", help="An axis that stays free: x:0=batch.")
+@click.option("--factory", metavar="pkg.mod:function", help="Makes the module that a state_dict is loaded into.")
+@click.option("--trust-model", is_flag=True, help="Load a model that runs code of its own.")
+@click.option("--eval", metavar="pkg.mod:function", help="Called with predict(inputs); returns {metric: number}.")
+@click.option("--gate", "gates", multiple=True, metavar="EXPR", help="What to reach: sqnr_db>=20; may be repeated.")
+@click.option("--skip", multiple=True, metavar="GLOB", help="Layers to leave in float; may be repeated.")
+@click.option("--recipe", type=click.Path(path_type=Path), metavar="FILE", help="These options, as TOML.")
+@click.option("--provider", metavar="cpu|cuda|tensorrt", help="Where onnxruntime runs. [default: cpu]")
+@click.option("--trt-flavor", metavar="auto|tensorrt|rtx", help="Which TensorRT builds. [default: auto]")
+@click.option("--trt-arch", metavar="LIST", help="GPU architectures of an rtx engine: sm80,sm89.")
+@click.option("--trt-profile", "trt_profiles", multiple=True, metavar="NAME=MIN/OPT/MAX", help="Shapes to build for.")
+@click.option("--seed", type=int, metavar="N", help="Of everything random. [default: 0]")
+@click.option("--threads", type=int, metavar="N", help="Threads to use; 0 leaves it to the libraries. [default: 0]")
+@click.option("--quiet", is_flag=True, help="Say nothing but warnings and errors.")
+@click.option("-v", "--verbose", is_flag=True, help="Show warnings of libraries, and tracebacks.")
+def compile_command(model: Path, recipe: Path | None, verbose: bool, **flags: Any) -> int:
+    """Compile MODEL."""
+    with library_warnings(verbose):
+        from exporter.compile import compile_path
+        from exporter.progress import reporting
+        from exporter.recipe import read_recipe
+        from exporter.render.terminal import render
+
+        settings = read_recipe(flags, recipe)
+        with reporting(quiet=settings.quiet) as progress:
+            result = compile_path(model, settings, progress=progress)
+    if not settings.quiet:
+        show(render(result.report))
+        click.echo(f"\nwritten to {result.out}")
+    for message in result.messages:
+        click.echo(message, err=True)
+    return result.exit_code
+
+
+@cli.command("passes")
+@click.argument("name", required=False)
+def passes_command(name: str | None) -> None:
+    """Every pass with its options, defaults, paper."""
+    from exporter.show_passes import render_pass, render_passes
+
+    show(render_passes() if name is None else render_pass(name))
+
+
+@cli.command("inspect")
+@click.argument("out", type=click.Path(path_type=Path))
+def inspect_command(out: Path) -> None:
+    """What an output folder holds: layers, formats, bits per weight, sizes, gates."""
+    from exporter.inspect_out import inspect_out, render
+
+    show(render(inspect_out(out)))
+
+
+@cli.command("doctor")
+def doctor_command() -> None:
+    """What this machine can do, and what to install for the rest."""
+    from exporter.doctor import examine, render
+
+    show(render(examine()))
+
+
+@cli.command("build")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--trt-flavor", default="auto", metavar="auto|tensorrt|rtx", help="Which TensorRT builds.")
+@click.option("--trt-arch", metavar="LIST", help="GPU architectures of an rtx engine: sm80,sm89.")
+@click.option("--trt-profile", "profiles", multiple=True, metavar="NAME=MIN/OPT/MAX", help="Shapes to build for.")
+@click.option("--force", is_flag=True, help="Replace an engine that is there.")
+def build_command(bundle: Path, trt_flavor: str, trt_arch: str | None, profiles: tuple[str, ...], force: bool) -> None:
+    """Finish a TensorRT bundle: make its engine, on the machine that has the GPU."""
+    from exporter.build_bundle import build_bundle
+    from exporter.recipe import Recipe
+
+    given: dict[str, Any] = {"trt_flavor": trt_flavor, "trt_arch": trt_arch or (), "trt_profiles": profiles}
+    recipe = Recipe(**given)
+    done = build_bundle(bundle, recipe, force=force)
+    click.echo(f"{done.engine}: {done.engine_bytes} bytes, TensorRT {done.version} ({done.flavor})")
+
+
+@cli.command("bench")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--batch", "batches", multiple=True, type=click.IntRange(min=1), metavar="N", help="Samples at once.")
+@click.option("--length", type=click.IntRange(min=1), default=128, show_default=True, help="Of other free axes.")
+@click.option("--threads", type=click.IntRange(min=0), default=1, show_default=True, help="0: onnxruntime decides.")
+@click.option("--rounds", type=click.IntRange(min=3), default=30, show_default=True, help="Runs of each, in turns.")
+def bench_command(out: Path, batches: tuple[int, ...], length: int, threads: int, rounds: int) -> None:
+    """Latency and throughput of the artifact beside the same network in float, in one run, as a ratio."""
+    from exporter.bench import bench, render
+
+    show(render(bench(out, batches=batches or (1, 32), length=length, threads=threads, rounds=rounds)))
+
+
+def show(renderable: Any) -> None:
+    """Print on stdout, as wide as the terminal, or as any table needs where there is none."""
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else FILE_WIDTH).print(renderable)
+
+
+@contextlib.contextmanager
+def library_warnings(shown: bool) -> Iterator[None]:
+    """Warnings of libraries are about their own affairs; ours stand in the report."""
+    with warnings.catch_warnings():
+        if not shown:
+            warnings.simplefilter("ignore")
+        yield
+
+
+def run(args: Sequence[str]) -> int:
+    """Run one command line; the exit code. Errors are one line on stderr."""
+    if not args:
+        click.echo(cli.get_help(click.Context(cli, info_name="qexport")), err=True)
+        return USAGE
+    try:
+        with terminated_like_interrupted():
+            return int(cli.main(list(args), prog_name="qexport", standalone_mode=False) or 0)
+    except QExportError as error:
+        return fail(str(error), error.exit_code, args)
+    except click.ClickException as error:
+        return fail(f"{' '.join(error.format_message().split())} (see qexport --help)", USAGE)
+    except (click.Abort, KeyboardInterrupt):
+        return fail("interrupted, nothing was written; the same command starts again", INTERRUPTED)
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        fault = InternalError(f"{type(error).__name__}: {error}")
+        return fail(str(fault), fault.exit_code, args)
+
+
+def fail(line: str, code: int, args: Sequence[str] = ()) -> int:
+    """Say why on stderr, with a traceback where -v asked for it."""
+    if {"-v", "--verbose"} & set(args):
+        traceback.print_exc()
+    click.echo(f"error: {line}", err=True)
+    return code
+
+
+@contextlib.contextmanager
+def terminated_like_interrupted() -> Iterator[None]:
+    """SIGTERM ends a run as Ctrl-C does: cleanly, with nothing half written."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:  # not in the main thread: signals are somebody else's
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def main() -> None:
+    """The `qexport` command."""
+    sys.exit(run(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()
