@@ -50,7 +50,7 @@ def test_pass_needs_no_data() -> None:
     program.calibration = data
     expected = torch.cat([program.reference(batch["x"])[0] for batch in data.batches]).detach()
     actual = outputs(program.graph, program)
-    # 8-bit weights: five layers, each with a relative error below 2^-8 / sqrt(3) a weight, here summed as if worst case.
+    # Five layers of 8-bit weights, each off by at most half a step = 2^-8 max|w|, here as if all errors added up.
     assert float((actual - expected).norm() / expected.norm()) < 5 * 2.0**-8
 
 
