@@ -58,10 +58,11 @@ def quantized_weight(layer: Layer) -> Quantized | None:
     return Quantized(codes, scale, zero_point, bits, group_size)
 
 
-def fuse(program: Program, *, block_quantizes_input: bool) -> Fused:
+def fuse(program: Program, *, block_quantizes_input: bool, narrow_conv_input: bool = False) -> Fused:
     """The lowered graph of a program, in a graph of its own.
 
     block_quantizes_input  the target's kernel for block-wise weights quantizes its own input
+    narrow_conv_input      its integer convolutions also take activations of fewer than 8 bits, clamped before
     """
     graph = copy_graph(program.graph)
     refused: dict[str, str] = {}
@@ -74,7 +75,7 @@ def fuse(program: Program, *, block_quantizes_input: bool) -> Fused:
         elif weight is not None and layer.kind == "embedding":
             _fuse_embedding(graph, layer, weight)
         elif weight is not None and layer.kind == "conv":
-            _fuse_conv(graph, layer, weight)
+            _fuse_conv(graph, layer, weight, narrow_conv_input)
     for name, node in layer_outputs(graph).items():
         mark = call_before(graph, node.next, MARK, (node, name))
         mark.meta["val"] = node.meta.get("val")
@@ -131,10 +132,12 @@ def _fuse_embedding(graph: fx.GraphModule, layer: Layer, weight: Quantized) -> N
     _replace(graph, layer.node, call_before(graph, layer.node, EMBEDDING, args))
 
 
-def _fuse_conv(graph: fx.GraphModule, layer: Layer, weight: Quantized) -> None:
-    """Give a convolution on quantized 8-bit activations its integer weight; others keep the plain dequantize."""
+def _fuse_conv(graph: fx.GraphModule, layer: Layer, weight: Quantized, narrow_input: bool) -> None:
+    """Give a convolution on quantized activations its integer weight; others keep the plain dequantize."""
     source = layer.input
-    if source.target is not FAKE_QUANTIZE or is_block_wise(graph, weight) or source.args[3:5] not in EIGHT_BITS:
+    if source.target is not FAKE_QUANTIZE or is_block_wise(graph, weight):
+        return
+    if not narrow_input and source.args[3:5] not in EIGHT_BITS:
         return
     shape = layer.weight.args[1]
     assert isinstance(shape, Sequence)

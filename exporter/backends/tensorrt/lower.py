@@ -50,7 +50,7 @@ class TensorRTBackend(Backend):
         TensorRT's kernels add nothing of their own to the lowered graph: sums of int8 products are exact, biases and
         all that is not quantized stay float. So `simulated` is the lowered graph itself.
         """
-        fused = fuse(program, block_quantizes_input=False)
+        fused = fuse(program, block_quantizes_input=False, narrow_conv_input=True)
         refused = {**fused.refused, **refusals(fused.graph)}
         if refused:
             raise LoweringError(self.name, refused)
