@@ -98,18 +98,16 @@ def fault_of(weight: AffineWeight) -> str:
     return ""
 
 
+def check_roles(packed: Packed) -> None:
+    """Raises ValueError when the tensors are not codes, scale and, if asymmetric, zero_point."""
+    roles = ["codes", "scale"] if packed.meta.symmetric else ["codes", "scale", "zero_point"]
+    if sorted(packed.tensors) != roles:
+        raise ValueError(f"stored are {', '.join(sorted(packed.tensors))}, not {', '.join(roles)}")
+
+
 def tensor_of(packed: Packed, role: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    """The tensor of a role. Raises ValueError when it is missing or not of this type and shape."""
-    tensor = packed.tensors.get(role)
-    if tensor is None:
-        raise ValueError(f"{role} is missing")
+    """The tensor of a role. Raises ValueError when it is not of this type and shape."""
+    tensor = packed.tensors[role]
     if tensor.dtype != dtype or tuple(tensor.shape) != shape:
         raise ValueError(f"{role} is {tensor.dtype} {list(tensor.shape)}, not {dtype} {list(shape)}")
     return tensor
-
-
-def scale_of(packed: Packed) -> Tensor:
-    """The scales. Raises ValueError when there are none."""
-    if "scale" not in packed.tensors:
-        raise ValueError("scale is missing")
-    return packed.tensors["scale"]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from exporter.formats.base import Packed, WeightFormat, fault_of, meta_of, scale_of, tensor_of
+from exporter.formats.base import Packed, WeightFormat, check_roles, fault_of, meta_of, tensor_of
 from passes.weights import AffineWeight
 
 
@@ -35,7 +35,8 @@ class Int4Group(WeightFormat):
 
     def unpack(self, packed: Packed) -> AffineWeight:
         """Shares the scales."""
-        meta, scale = packed.meta, scale_of(packed)
+        check_roles(packed)
+        meta, scale = packed.meta, packed.tensors["scale"]
         rows, columns = meta.shape
         stored = tensor_of(packed, "codes", torch.uint8, (rows, -(-columns // 2)))
         codes = unpack_codes(stored, columns, meta.symmetric)

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from exporter.formats.base import Packed, WeightFormat, fault_of, meta_of, scale_of, tensor_of
+from exporter.formats.base import Packed, WeightFormat, check_roles, fault_of, meta_of, tensor_of
 from passes.weights import AffineWeight
 
 MIDDLE = 128
@@ -36,7 +36,8 @@ class Int8Channel(WeightFormat):
 
     def unpack(self, packed: Packed) -> AffineWeight:
         """Shares the tensors that need no change."""
-        meta, scale = packed.meta, scale_of(packed)
+        check_roles(packed)
+        meta, scale = packed.meta, packed.tensors["scale"]
         codes = unpack_codes(tensor_of(packed, "codes", torch.int8, meta.shape), meta.symmetric)
         zero_point = None
         if not meta.symmetric:

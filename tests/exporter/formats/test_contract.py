@@ -161,11 +161,19 @@ def test_packed_tensors_that_do_not_fit_are_refused(name: str, role: str) -> Non
     form = FORMATS[name]
     packed = form.pack(_weight(4, 11, WIDTHS[name][0], 3, False))
     missing = {key: value for key, value in packed.tensors.items() if key != role}
-    with pytest.raises(ValueError, match=f"{role} is missing"):
+    with pytest.raises(ValueError, match=r"^stored are .*, not codes, scale, zero_point$"):
         form.unpack(Packed(missing, packed.meta))
     short = {**packed.tensors, role: packed.tensors[role][:-1]}
     with pytest.raises(ValueError, match=r"\], not torch\."):
         form.unpack(Packed(short, packed.meta))
+
+
+@pytest.mark.parametrize("name", sorted(WIDTHS))
+def test_a_zero_point_too_many_is_refused(name: str) -> None:
+    packed = FORMATS[name].pack(_weight(4, 11, WIDTHS[name][-1], 3, False))
+    symmetric = dataclasses.replace(packed.meta, symmetric=True)
+    with pytest.raises(ValueError, match=r"^stored are codes, scale, zero_point, not codes, scale$"):
+        FORMATS[name].unpack(Packed(packed.tensors, symmetric))
 
 
 def test_codes_out_of_range_in_a_file_are_refused() -> None:

@@ -1,0 +1,435 @@
+"""model.safetensors: what a program holds comes back exactly, the bytes are the same every time, damage is refused."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from exporter.backends.fuse import quantized_weight
+from exporter.capture import capture, export_module
+from exporter.checkpoint import (
+    KEY,
+    Checkpoint,
+    DynamicQuantizer,
+    StaticQuantizer,
+    load_checkpoint,
+    save_checkpoint,
+)
+from exporter.errors import InputError, InternalError
+from passes.act_quant import ActQuant
+from passes.base import Pass, Pipeline, Program, TargetRules
+from passes.calibration import Batch, Calibration, watch_values
+from passes.fold_bn import FoldBatchNorm
+from passes.gptq import GPTQ
+from passes.graph import add_tensor, get_tensor
+from passes.ops import FAKE_QUANTIZE
+from passes.rtn import RTN
+from passes.weights import AffineWeight
+from tools.models import FACTORIES
+
+RULES = TargetRules(
+    name="test",
+    symmetric_activations=False,
+    conv_outputs=True,
+    integer_elementwise=True,
+    quantized_skip=False,
+    dynamic_activations=True,
+    weight_zero_point=True,
+    integer_kinds=frozenset({"linear", "conv", "conv_transpose"}),
+)
+
+
+def _images() -> Batch:
+    return {"x": torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))}
+
+
+def _tokens() -> Batch:
+    return {"tokens": torch.randint(256, (2, 16), generator=torch.Generator().manual_seed(0))}
+
+
+def _vectors(columns: int) -> Batch:
+    return {"x": torch.randn(6, columns, generator=torch.Generator().manual_seed(0))}
+
+
+def _program(module: nn.Module, batch: Batch, *passes: Pass) -> Program:
+    exported = export_module(module.eval(), batch, {name: {0: "batch"} for name in batch})
+    program = capture(exported, Calibration((batch,), (batch,), "random"), RULES)
+    Pipeline(passes, {"fold-bn": FoldBatchNorm}).run(program)
+    return program
+
+
+def _quantized(program: Program) -> dict[str, AffineWeight]:
+    """The quantized weights on the program's graph."""
+    found = {}
+    for layer in program.layers():
+        weight = quantized_weight(layer)
+        if weight is not None:
+            codes, scale = get_tensor(program.graph, weight.codes), get_tensor(program.graph, weight.scale)
+            zero_point = None if weight.zero_point is None else get_tensor(program.graph, weight.zero_point)
+            found[layer.name] = AffineWeight(codes, scale, zero_point, weight.bits, weight.group_size)
+    return found
+
+
+def _float_weights(program: Program) -> dict[str, Tensor]:
+    """What every quantized layer multiplies by, as the graph computes it."""
+    names = {layer.weight: layer.name for layer in program.layers() if quantized_weight(layer) is not None}
+    values: dict[str, Tensor] = {}
+
+    def see(node: torch.fx.Node, value: Any) -> None:
+        if node in names:
+            values[names[node]] = value
+
+    watch_values(program.graph, program.calibration.batches, see)
+    return values
+
+
+def _assert_same(actual: Tensor | None, expected: Tensor | None) -> None:
+    assert (actual is None) == (expected is None)
+    if actual is not None and expected is not None:
+        assert actual.dtype == expected.dtype
+        assert torch.equal(actual, expected)
+
+
+def _assert_holds(checkpoint: Checkpoint, program: Program) -> None:
+    """The checkpoint has everything in the program's graph, bit for bit."""
+    expected = _quantized(program)
+    assert checkpoint.weights
+    assert set(checkpoint.weights) == set(expected) == set(checkpoint.layers)
+    for name, weight in expected.items():
+        ours = checkpoint.weights[name]
+        assert (ours.bits, ours.group_size) == (weight.bits, weight.group_size)
+        _assert_same(ours.codes, weight.codes)
+        _assert_same(ours.scale, weight.scale)
+        _assert_same(ours.zero_point, weight.zero_point)
+    for name, value in _float_weights(program).items():
+        _assert_same(checkpoint.float_weight(name), value)
+    parts = {
+        str(node.target)
+        for layer in program.layers()
+        if (weight := quantized_weight(layer)) is not None
+        for node in (weight.codes, weight.scale, weight.zero_point)
+        if node is not None
+    }
+    read = {str(node.target): node for node in program.graph.graph.nodes if node.op == "get_attr"}
+    assert set(checkpoint.tensors) == set(read) - parts
+    for tensor_name, tensor in checkpoint.tensors.items():
+        _assert_same(tensor, get_tensor(program.graph, read[tensor_name]))
+
+
+NETS: dict[str, tuple[str, Callable[[], Batch], tuple[Pass, ...]]] = {
+    "mobilenet int8": ("mobilenet", _images, (ActQuant(), RTN())),
+    "residual_cnn gptq 4 bits": ("residual_cnn", _images, (GPTQ(bits=4, group_size=32, symmetric=False),)),
+    "opt_lm gptq 3 bits": ("opt_lm", _tokens, (GPTQ(bits=3, group_size=32, symmetric=False, embeddings=4),)),
+    "opt_lm int8 per token": ("opt_lm", _tokens, (ActQuant(mode="token"), RTN(symmetric=False))),
+    "opt_lm 2 bits per tensor": ("opt_lm", _tokens, (RTN(bits=2, group_size=0, embeddings=0),)),
+}
+
+
+@pytest.mark.parametrize("case", NETS)
+def test_reference_networks_come_back(case: str, tmp_path: Path) -> None:
+    name, batch, passes = NETS[case]
+    program = _program(FACTORIES[name](), batch(), *passes)
+    path = save_checkpoint(program, tmp_path)
+    assert path == tmp_path / "model.safetensors"
+    _assert_holds(load_checkpoint(path), program)
+
+
+class _Odd(nn.Module):
+    """Layers whose matrix is not their weight as it stands, one that runs twice, and an odd number of columns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.ConvTranspose2d(6, 4, 3, groups=2)
+        self.conv = nn.Conv2d(4, 3, 3, groups=1)
+        self.twice = nn.Linear(7, 7)
+        self.projection = nn.Parameter(torch.randn(7, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(self.up(x)).flatten(2).mean(1)[:, :7]
+        return torch.addmm(torch.ones(5), self.twice(torch.relu(self.twice(y))), self.projection)
+
+
+def _odd_images() -> Batch:
+    return {"x": torch.randn(2, 6, 5, 5, generator=torch.Generator().manual_seed(0))}
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [3, 8])
+def test_weights_of_every_kind_of_layer(bits: int, symmetric: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    program = _program(_Odd(), _odd_images(), RTN(bits=bits, symmetric=symmetric, embeddings=0))
+    checkpoint = load_checkpoint(save_checkpoint(program, tmp_path))
+    _assert_holds(checkpoint, program)
+    kinds = sorted(layer.kind for layer in checkpoint.layers.values())
+    assert kinds == ["conv", "conv_transpose", "linear", "linear", "linear"]
+    assert any(layer.transposed for layer in checkpoint.layers.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_stays(dtype: torch.dtype, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    program = _program(nn.Linear(9, 5).to(dtype), {"input": torch.randn(3, 9).to(dtype)}, RTN(bits=4, symmetric=False))
+    checkpoint = load_checkpoint(save_checkpoint(program, tmp_path))
+    _assert_holds(checkpoint, program)
+    assert {weight.scale.dtype for weight in checkpoint.weights.values()} == {dtype}
+
+
+class _Tied(nn.Module):
+    """An embedding whose table is also the output head's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(256, 8)
+        self.head = nn.Linear(8, 256, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        y: Tensor = self.head(self.embed(tokens))
+        return y
+
+
+def test_tensors_that_share_memory_come_back(tmp_path: Path) -> None:
+    program = _program(_Tied(), _tokens())
+    node = next(node for node in program.graph.graph.nodes if node.op == "get_attr")
+    table, end = get_tensor(program.graph, node), program.graph.graph.output_node()
+    whole = add_tensor(program.graph, "whole", table, end)
+    part = add_tensor(program.graph, "part", table[:3], end)
+    end.args = ((*end.args[0], whole, part),)  # type: ignore[misc]  # the graph returns a tuple
+    path = save_checkpoint(program, tmp_path)
+    checkpoint = load_checkpoint(path)
+    assert sum(tensor.shape == table.shape for tensor in load_file(path).values()) == 1  # stored once
+    assert sum(tensor.shape == table.shape for tensor in checkpoint.tensors.values()) == 2
+    _assert_same(checkpoint.tensors["whole"], table)
+    _assert_same(checkpoint.tensors["part"], table[:3])
+
+
+def test_activation_quantizers(tmp_path: Path) -> None:
+    program = _program(FACTORIES["mobilenet"](), _images(), ActQuant(), RTN())
+    found = load_checkpoint(save_checkpoint(program, tmp_path)).activations
+    nodes = [node for node in program.graph.graph.nodes if node.target is FAKE_QUANTIZE]
+    assert len(found) == len(nodes) > 0
+    for quantizer, node in zip(found, nodes, strict=True):
+        value, scale, zero_point, quant_min, quant_max = node.args
+        assert isinstance(quantizer, StaticQuantizer)
+        assert quantizer.value == value.name
+        assert quantizer.scale == float(get_tensor(program.graph, scale))
+        assert quantizer.zero_point == int(get_tensor(program.graph, zero_point))
+        assert (quantizer.quant_min, quantizer.quant_max) == (quant_min, quant_max)
+    read_by = {name for quantizer in found for name in quantizer.layers}
+    assert read_by == {layer.name for layer in program.layers()}
+
+
+def test_activation_quantizers_per_token(tmp_path: Path) -> None:
+    program = _program(_Linear(16), _vectors(16), ActQuant(mode="token"), RTN())
+    found = load_checkpoint(save_checkpoint(program, tmp_path)).activations
+    assert found == (DynamicQuantizer("x", ("fc",), 8, -1),)
+
+
+class _Linear(nn.Module):
+    def __init__(self, columns: int, rows: int = 8) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc = nn.Linear(columns, rows)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.fc(x)
+        return y
+
+
+def test_names_and_sizes(tmp_path: Path) -> None:
+    # symmetric=false: the head of this net, its only layer, keeps 8 bits; 1024 columns with a 32-bit scale and an
+    # 8-bit zero point each
+    program = _program(_Linear(1024), _vectors(1024), RTN(symmetric=False))
+    path = save_checkpoint(program, tmp_path)
+    assert set(load_file(path)) == {"fc.weight_codes", "fc.weight_scale", "fc.weight_zero_point", "fc.bias"}
+    layer = load_checkpoint(path).layers["fc"]
+    assert (layer.format, layer.kind, layer.weight_shape) == ("int8_channel", "linear", (8, 1024))
+    assert layer.bits_per_weight == 8 + 40 / 1024
+
+
+def test_same_program_same_bytes(tmp_path: Path) -> None:
+    contents = set()
+    for folder in (tmp_path / "a", tmp_path / "b", tmp_path / "c"):
+        folder.mkdir()
+        torch.manual_seed(0)
+        program = _program(_Odd(), _odd_images(), ActQuant(), GPTQ(bits=4, group_size=4))
+        before = {name: tensor.clone() for name, tensor in program.graph.named_buffers()}
+        contents.add(save_checkpoint(program, folder).read_bytes())
+        assert [child.name for child in folder.iterdir()] == ["model.safetensors"]
+        for name, tensor in program.graph.named_buffers():
+            assert torch.equal(tensor, before[name])
+    assert len(contents) == 1
+
+
+def test_file_is_as_readable_as_any_other(tmp_path: Path) -> None:
+    (tmp_path / "other").touch()
+    path = save_checkpoint(_program(_Linear(16), _vectors(16), RTN()), tmp_path)
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_a_weight_no_format_holds_is_our_fault(tmp_path: Path) -> None:
+    program = _program(_Linear(16), _vectors(16), RTN(symmetric=False))
+    get_tensor(program.graph, _zero_point(program)).add_(0.5)
+    with pytest.raises(InternalError, match=r"fc: its weight cannot be stored: .*int8_channel: zero points are not"):
+        save_checkpoint(program, tmp_path)
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def _zero_point(program: Program) -> torch.fx.Node:
+    weight = quantized_weight(program.layers()[0])
+    assert weight is not None
+    assert weight.zero_point is not None
+    return weight.zero_point
+
+
+# ---- damage ---------------------------------------------------------------------------------------------------------
+
+
+def _refused(path: Path) -> str:
+    """The one line that load_checkpoint refuses the file with."""
+    with pytest.raises(InputError) as caught:
+        load_checkpoint(path)
+    line = str(caught.value)
+    assert "\n" not in line
+    assert line.startswith(f"{path}: ")
+    return line.removeprefix(f"{path}: ")
+
+
+@pytest.fixture(scope="module")
+def saved_bytes(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    program = _program(_Linear(12), _vectors(12), ActQuant(), RTN(symmetric=False))
+    return save_checkpoint(program, tmp_path_factory.mktemp("saved")).read_bytes()
+
+
+@pytest.fixture
+def saved(saved_bytes: bytes, tmp_path: Path) -> Path:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(saved_bytes)
+    return path
+
+
+def _rewritten(path: Path, change: Callable[[dict[str, Any], dict[str, Tensor]], None]) -> Path:
+    """The file with its metadata and tensors changed."""
+    tensors = load_file(path)
+    with safe_open(path, framework="pt") as file:
+        content = json.loads(file.metadata()[KEY])
+    change(content, tensors)
+    save_file(tensors, path, metadata={KEY: json.dumps(content)})
+    return path
+
+
+@pytest.mark.parametrize("keep", [0, 1, 7, 8, 20, 0.5, 0.99])
+def test_truncated(saved: Path, keep: float) -> None:
+    content = saved.read_bytes()
+    saved.write_bytes(content[: int(keep * len(content)) if isinstance(keep, float) else keep])
+    assert "truncated or damaged" in _refused(saved)
+
+
+def test_garbled(saved: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    saved.write_bytes(bytes(torch.randint(256, (4096,), generator=generator).tolist()))
+    assert "truncated or damaged" in _refused(saved)
+
+
+def test_not_there(tmp_path: Path) -> None:
+    assert "no such file" in _refused(tmp_path / "model.safetensors")
+    assert "truncated or damaged" in _refused(tmp_path)
+
+
+def test_somebody_elses_file(tmp_path: Path) -> None:
+    save_file({"weight": torch.ones(2)}, tmp_path / "model.safetensors")
+    assert "no quantized checkpoint of qexport" in _refused(tmp_path / "model.safetensors")
+
+
+def test_newer_schema(saved: Path) -> None:
+    line = _refused(_rewritten(saved, lambda content, _: content.update(schema_version=2)))
+    assert line == ("has schema version 2; this qexport reads 1; read it with the version of qexport that wrote it")
+
+
+def test_metadata_that_is_no_json(saved: Path) -> None:
+    for text in ("", "{", "[]", "[" * 100_000):
+        save_file(load_file(saved), saved, metadata={KEY: text})
+        assert "its metadata cannot be read" in _refused(saved)
+
+
+ENTRIES = ("format", "kind", "bits", "group_size", "shape", "symmetric", "weight_shape", "groups", "transposed")
+
+
+@pytest.mark.parametrize("entry", [*ENTRIES, "tensors"])
+@pytest.mark.parametrize("value", [None, "x", [1], {"codes": 1}, 1.5, "absent"])
+def test_wrong_entry_of_a_layer(saved: Path, entry: str, value: object) -> None:
+    if (entry, value) == ("kind", "x") or (entry, value) == ("kind", "absent"):
+        value = 3  # any text is a kind
+
+    def change(content: dict[str, Any], _: dict[str, Tensor]) -> None:
+        if value == "absent":
+            del content["layers"]["fc"][entry]
+        else:
+            content["layers"]["fc"][entry] = value
+
+    assert "truncated or damaged: layer fc: " in _refused(_rewritten(saved, change))
+
+
+@pytest.mark.parametrize(
+    ("entry", "value", "reason"),
+    [
+        ("bits", 4, "4 bits are not 5 to 8"),
+        ("bits", 5, "are outside of 0 to 31"),
+        ("bits", 99, "99 bits are not 5 to 8"),
+        ("group_size", 4, "scale has shape [8, 1], not [8 or 1, 3]"),
+        ("shape", [12, 8], "codes is torch.int8 [8, 12], not torch.int8 [12, 8]"),
+        ("shape", [-8, -12], "codes is"),
+        ("symmetric", True, "stored are codes, scale, zero_point, not codes, scale"),
+        ("format", "int4_group", "codes is torch.int8"),
+        ("weight_shape", [12, 8], "has no matrix of 8 x 12"),
+        ("weight_shape", [], "has no matrix of 8 x 12"),
+        ("transposed", True, "has no matrix of 8 x 12"),
+        ("groups", 0, "has no matrix of 8 x 12"),
+        ("kind", "conv_transpose", "sizes"),
+    ],
+)
+def test_entries_that_do_not_fit_the_tensors(saved: Path, entry: str, value: object, reason: str) -> None:
+    line = _refused(_rewritten(saved, lambda content, _: content["layers"]["fc"].update({entry: value})))
+    assert "layer fc: " in line
+    assert reason in line
+
+
+@pytest.mark.parametrize("name", ["fc.weight_codes", "fc.weight_scale", "fc.weight_zero_point"])
+def test_missing_or_cut_tensor(saved: Path, name: str) -> None:
+    content = saved.read_bytes()
+    assert f"'{name}' is missing" in _refused(_rewritten(saved, lambda _, tensors: tensors.__delitem__(name)))
+    saved.write_bytes(content)
+    assert "layer fc: " in _refused(
+        _rewritten(saved, lambda _, tensors: tensors.update({name: tensors[name][:-1].contiguous()}))
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"activations": 3},
+        {"activations": [3]},
+        {"activations": [{"value": "x", "layers": []}]},
+        {"activations": [{"value": "x", "layers": [], "scale": "no", "zero_point": "no"}]},
+        {"activations": [{"value": "x", "layers": [], "scale": "fc.bias", "zero_point": "fc.bias"}]},
+        {"aliases": {"other": "not there"}},
+        {"aliases": []},
+        {"layers": []},
+        {"layers": {"fc": 1}},
+    ],
+)
+def test_wrong_metadata(saved: Path, change: dict[str, object]) -> None:
+    assert "its metadata cannot be read" in _refused(_rewritten(saved, lambda content, _: content.update(change)))
+
+
+def test_scale_of_an_activation_that_is_no_scale(saved: Path) -> None:
+    def change(content: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        tensors[content["activations"][0]["scale"]].fill_(float("nan"))
+
+    assert "scale of x is nan" in _refused(_rewritten(saved, change))
