@@ -13,6 +13,7 @@ weights, as they were before the first quantizing pass.
 """
 
 import dataclasses
+import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -26,13 +27,15 @@ from torch import Tensor, fx
 from exporter.backends.base import Lowered
 from exporter.backends.fuse import quantized_weight
 from exporter.backends.lowered_ops import MARK
+from exporter.errors import InputError
+from exporter.load import resolve_callable
 from exporter.metrics import Comparison, Figures
 from exporter.report import LayerDiff, LayerSqnr
 from passes.base import Program
 from passes.calibration import Batch, cut
 from passes.graph import Layer, find_layers, get_tensor
 from passes.ops import FAKE_QUANTIZE, FAKE_QUANTIZE_DYNAMIC
-from runtimes.base import Artifact, Array, Session
+from runtimes.base import Array, Artifact, RuntimeFault, Session
 from runtimes.eager import EagerSession
 from runtimes.ort import OnnxRuntime
 
@@ -237,3 +240,23 @@ def predictor(session: Session) -> Callable[[Mapping[str, Any]], dict[str, Array
     return predict
 
 
+def evaluate_metrics(spec: str | None, sessions: Mapping[str, Session]) -> dict[str, dict[str, float | None]]:
+    """{metric: {runtime: figure}} of the user's evaluation function, `pkg.mod:function`; {} without one."""
+    if spec is None:
+        return {}
+    function: Callable[..., Any] = resolve_callable(spec, "--eval")
+    found: dict[str, dict[str, float | None]] = {}
+    for runtime, session in sessions.items():
+        try:
+            values = function(predictor(session))
+            figures = {str(name): float(value) for name, value in values.items()}
+        except RuntimeFault:
+            raise
+        except Exception as error:  # the user's function may raise anything
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise InputError(f"{spec} failed on {runtime}: {reason}", where="--eval") from error
+        for name, figure in figures.items():
+            if not math.isfinite(figure):
+                raise InputError(f"{spec} gives {name} = {figure} for {runtime}", where="--eval")
+            found.setdefault(name, {})[runtime] = figure
+    return found

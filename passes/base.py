@@ -83,6 +83,10 @@ class LayerRule:
     options: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
 
+def _silent(layer: str, done: int, total: int) -> None:
+    """The default of Program.on_step."""
+
+
 @dataclasses.dataclass
 class Program:
     """The one thing that walks: a graph under change, and what passes need to know about it.
@@ -93,6 +97,7 @@ class Program:
     output_names   names of the graph's outputs, in order
     dynamic        {input: {axis: label}} of the axes that stay free
     channel_stats  {layer: ChannelStatistics}, left by fold-bn and kept in step by the passes that rescale channels
+    on_step        told (layer, layers done, layers in all) by passes that take long
     """
 
     graph: fx.GraphModule
@@ -105,6 +110,7 @@ class Program:
     seed: int = 0
     float_twin: fx.GraphModule | None = None
     channel_stats: dict[str, ChannelStatistics] = dataclasses.field(default_factory=dict)
+    on_step: Callable[[str, int, int], None] = _silent
 
     def layers(self) -> list[Layer]:
         """The graph's layers in order."""

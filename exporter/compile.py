@@ -1,0 +1,339 @@
+"""The straight line: load, prepare, capture, passes, lower, build, validate, report. One call a stage."""
+
+import contextlib
+import dataclasses
+import json
+import platform
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, fx, nn
+
+from exporter.backends import backend_for
+from exporter.backends.base import Backend, Lowered, LoweringError
+from exporter.backends.tensorrt.build import BuildError, available_flavor
+from exporter.backends.tensorrt.bundle import EngineResult, finish
+from exporter.backends.tensorrt.lower import TensorRTBackend
+from exporter.capture import capture
+from exporter.checkpoint import save_checkpoint
+from exporter.errors import InputError, InternalError, TargetError
+from exporter.gates import evaluate, exit_code, parse_gate
+from exporter.kernels import kernel_of_layers, optimized_kernels
+from exporter.load import Loaded, load_model
+from exporter.output import OutputFolder, file_sha256, file_sizes, write_manifest
+from exporter.prepare import Prepared, prepare
+from exporter.progress import Progress, Silent
+from exporter.recipe import Recipe
+from exporter.recipe_values import InputSpec
+from exporter.render import markdown
+from exporter.report import Json, PassRecordView, Report, Sizes, SkipView
+from exporter.validate import OutputFigures, compare_layers, compare_outputs, eager_session, evaluate_metrics
+from exporter.versions import versions
+from passes import PASSES
+from passes.base import PassError, PassRecord, Pipeline, Program, TargetRules
+from runtimes.base import Artifact, RuntimeFault, Session
+from runtimes.ort import OnnxRuntime
+from runtimes.trt import TensorRT
+
+INCOMPLETE = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class CompileResult:
+    """What one compilation came to; `messages` are lines for stderr."""
+
+    report: Report
+    out: Path
+    exit_code: int
+    messages: tuple[str, ...]
+
+
+def compile_path(model: Path, recipe: Recipe, *, progress: Progress) -> CompileResult:
+    """Compile the model in a file or folder. Raises QExportError."""
+    with OutputFolder(recipe.out, force=recipe.force) as folder, faults():
+        progress.stage("load")
+        loaded = load_model(model, factory=recipe.factory, trust=recipe.trust_model)
+        return _compile(loaded, recipe, folder, progress, None)
+
+
+def compile_model(
+    model: nn.Module | torch.export.ExportedProgram,
+    example_inputs: Mapping[str, Tensor] | tuple[Tensor, ...],
+    recipe: Recipe | None = None,
+    *,
+    calibration: object = None,
+    out: str | Path | None = None,
+) -> Report:
+    """Compile a model in memory; `calibration` is {input: [n, ...]}, batches of that, or a function that gives either.
+
+    `example_inputs` say the inputs' shapes and, for a mapping, their names. Raises QExportError.
+    """
+    recipe = recipe or Recipe()
+    if out is not None:
+        recipe = dataclasses.replace(recipe, out=Path(out))
+    if isinstance(model, nn.Module):
+        loaded = Loaded("module", Path(type(model).__name__), module=model.eval())
+    else:
+        loaded = Loaded("exported", Path("program"), program=model)
+    values = dict(example_inputs) if isinstance(example_inputs, Mapping) else dict(enumerate(example_inputs))
+    specs = tuple(
+        InputSpec(name if isinstance(name, str) else None, tuple(value.shape), str(value.dtype).removeprefix("torch."))
+        for name, value in values.items()
+    )
+    if loaded.module is not None and not recipe.inputs:
+        recipe = dataclasses.replace(recipe, inputs=specs)
+    with OutputFolder(recipe.out, force=recipe.force) as folder, faults():
+        return _compile(loaded, recipe, folder, Silent(), calibration).report
+
+
+@contextlib.contextmanager
+def faults() -> Iterator[None]:
+    """Faults of passes, backends and runtimes as errors of ours: the one place where they are wrapped."""
+    try:
+        yield
+    except PassError as error:
+        raise InputError(error.what, where=error.node or "--passes", fix=error.fix) from error
+    except LoweringError as error:
+        raise InputError(str(error), where="--target") from error
+    except RuntimeFault as error:
+        if error.fix:
+            raise TargetError(error.what, fix=error.fix) from error
+        raise InternalError(error.what) from error
+
+
+class _Clock:
+    """Seconds by stage, and the stages as the user sees them."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.seconds: dict[str, float] = {}
+        self._stage, self._since = "", time.perf_counter()
+
+    def stage(self, name: str) -> None:
+        self.stop()
+        self._stage = name
+        self.progress.stage(name)
+
+    def stop(self) -> None:
+        now = time.perf_counter()
+        if self._stage:
+            self.seconds[self._stage] = self.seconds.get(self._stage, 0.0) + now - self._since
+        self._since, self._stage = now, ""
+
+
+def _compile(loaded: Loaded, recipe: Recipe, folder: Path, progress: Progress, given: object) -> CompileResult:
+    clock = _Clock(progress)
+    with threads(recipe.threads):
+        clock.stage("capture")
+        backends = [backend_for(target, recipe.trt_arch) for target in recipe.target]
+        prepared = prepare(loaded, recipe, given)
+        program = capture(
+            prepared.program,
+            prepared.calibration,
+            rules_for(backends),
+            dynamic=prepared.dynamic,
+            layer_rules=recipe.layer_rules,
+            seed=recipe.seed,
+        )
+        program.on_step = progress.step
+
+        pipeline = Pipeline(recipe.parsed_passes, PASSES)
+        records = pipeline.run(program, before=lambda step: clock.stage(step.work.name))
+
+        lowered: dict[str, Lowered] = {}
+        for backend in backends:
+            clock.stage(f"lower to {backend.name}")
+            lowered[backend.name] = backend.lower(program, _folder_of(backend, folder))
+        save_checkpoint(program, folder)
+
+        engine: EngineResult | None = None
+        incomplete: list[str] = []
+        if "trt" in lowered:
+            clock.stage("build the TensorRT engine")
+            engine, incomplete = build(recipe, folder)
+
+        clock.stage("validate")
+        report = validate(program, recipe, lowered, engine, folder, progress)
+        clock.stop()
+    report = dataclasses.replace(
+        report,
+        model={"name": loaded.path.name, "kind": loaded.kind, "inputs": list(program.calibration.batches[0])},
+        recipe=recipe.to_json(),
+        environment={**versions(), "machine": platform.machine()},
+        calibration={
+            "source": prepared.calibration.source,
+            "samples": _count(prepared.calibration.batches),
+            "held_out": _count(prepared.calibration.holdout),
+            "sha256": prepared.sha256,
+        },
+        warnings=(*prepared.warnings, *report.warnings, *incomplete),
+        passes=tuple(_record(record) for record in records),
+        sizes=Sizes(float_bytes(program.reference), file_sizes(folder)),
+    )
+    report = dataclasses.replace(report, gates=evaluate([parse_gate(gate) for gate in recipe.gates], report))
+    write(folder, report, clock.seconds, prepared, recipe, loaded)
+    code = exit_code(report.gates)
+    messages = [*(f"warning: {line}" for line in (*prepared.warnings, *incomplete)), *_failed_gates(report)]
+    return CompileResult(report, recipe.out, code or (INCOMPLETE if incomplete else 0), tuple(messages))
+
+
+def rules_for(backends: list[Backend]) -> TargetRules:
+    """The strictest of the targets' rules: one program serves them all."""
+    rules = backends[0].rules
+    for backend in backends[1:]:
+        rules = rules.strictest(backend.rules)
+    return rules
+
+
+def _folder_of(backend: Backend, folder: Path) -> Path:
+    """ONNX lies at the top; a bundle in a folder of its own."""
+    if not isinstance(backend, TensorRTBackend):
+        return folder
+    (folder / "trt").mkdir()
+    return folder / "trt"
+
+
+def build(recipe: Recipe, folder: Path) -> tuple[EngineResult | None, list[str]]:
+    """Finish the bundle here if there is a TensorRT that can, and say what is missing if not."""
+    flavor = available_flavor(recipe.trt_flavor)
+    later = "the bundle is written: finish it with `qexport build OUT/trt` on a machine that has it"
+    if flavor is None:
+        asked = "TensorRT" if recipe.trt_flavor == "auto" else f"TensorRT of flavor {recipe.trt_flavor}"
+        return None, [f"no {asked} here; {later}"]
+    try:
+        result = finish(
+            folder / "trt",
+            folder / "model.engine",
+            flavor,
+            arch=recipe.trt_arch or None,
+            profiles=recipe.trt_profiles or None,
+        )
+    except BuildError as error:
+        return None, [f"{error}; the bundle is written"]
+    if result.folded:
+        names = ", ".join(result.folded[:3]) + (" ..." if len(result.folded) > 3 else "")
+        return result, [f"TensorRT folded {len(result.folded)} quantized weights back to float: {names}"]
+    return result, []
+
+
+def validate(
+    program: Program,
+    recipe: Recipe,
+    lowered: Mapping[str, Lowered],
+    engine: EngineResult | None,
+    folder: Path,
+    progress: Progress,
+) -> Report:
+    """Outputs, layers and metrics of everything that can run here, against the float model."""
+    main = lowered.get("onnx") or next(iter(lowered.values()))
+    reference = eager_session(program, program.reference)
+    sessions: dict[str, Session] = {"eager_quantized": eager_session(program, main.simulated)}
+    parity: dict[str, tuple[Session, Session]] = {}
+    kernels: Mapping[str, str | None] = engine.kernels if engine else {}
+    warnings: list[str] = []
+    if "onnx" in lowered:
+        artifact = main.artifact
+        runtime = OnnxRuntime(provider=recipe.provider, threads=recipe.threads)
+        sessions["onnxruntime"] = runtime.load(artifact)
+        plain = eager_session(program, main.graph)
+        parity["onnxruntime"] = (sessions["eager_quantized"], sessions["onnxruntime"])
+        parity["onnxruntime_unoptimized"] = (plain, OnnxRuntime(optimize=False).load(artifact))
+        kernels = kernel_of_layers(
+            artifact.model, optimized_kernels(artifact, runtime), {layer.name: layer.codes for layer in main.layers}
+        )
+    if "trt" in lowered:
+        trt = lowered["trt"]
+        plain = eager_session(program, trt.graph)
+        parity["tensorrt_dialect"] = (plain, OnnxRuntime(optimize=False).load(trt.artifact))
+        session = _engine_session(trt, engine, folder, warnings)
+        if session is not None:
+            sessions["tensorrt"] = session
+            parity["tensorrt"] = (plain, session)
+    batches = program.calibration.holdout
+    outputs: dict[str, OutputFigures] = {
+        name: compare_outputs(reference, session, batches) for name, session in sessions.items()
+    }
+    layers = compare_layers(program, main, kernels, lambda done, total: progress.step("layers", done, total))
+    return Report(
+        model={},
+        recipe={},
+        environment={},
+        calibration={},
+        warnings=tuple(warnings),
+        layers=layers,
+        outputs=outputs,
+        parity={name: compare_outputs(one, other, batches) for name, (one, other) in parity.items()},
+        metrics=evaluate_metrics(recipe.eval, {"reference": reference, **sessions}),
+    )
+
+
+def _engine_session(
+    trt: Lowered, engine: EngineResult | None, folder: Path, warnings: list[str]
+) -> Session | None:
+    """The engine ready to run, where there is a GPU for it."""
+    if engine is None:
+        return None
+    artifact = Artifact("tensorrt", folder / "model.engine", trt.artifact.inputs, trt.artifact.outputs)
+    try:
+        return TensorRT(flavor=engine.build.flavor).load(artifact)
+    except RuntimeFault as fault:
+        warnings.append(f"tensorrt: built, not run ({fault.what}); its ONNX file was validated in onnxruntime instead")
+        return None
+
+
+def write(
+    folder: Path, report: Report, seconds: Mapping[str, float], prepared: Prepared, recipe: Recipe, loaded: Loaded
+) -> None:
+    """The reports, the timings and the manifest."""
+    (folder / "report.json").write_text(report.to_json(), encoding="utf-8")
+    (folder / "report.md").write_text(markdown.render(report), encoding="utf-8")
+    rounded = {stage: round(value, 3) for stage, value in seconds.items()}
+    (folder / "timings.json").write_text(json.dumps({"seconds": rounded}, indent=2) + "\n", encoding="utf-8")
+    sha256 = file_sha256(loaded.path) if loaded.path.is_file() else None
+    write_manifest(folder, recipe=recipe.to_json(), calibration_sha256=prepared.sha256, model_sha256=sha256)
+
+
+@contextlib.contextmanager
+def threads(number: int) -> Iterator[None]:
+    """Torch's threads while compiling; 0 leaves them."""
+    before = torch.get_num_threads()
+    if number:
+        torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def float_bytes(graph: fx.GraphModule) -> int:
+    """Bytes of the floating-point tensors a graph holds, shared ones once."""
+    return sum(value.nbytes for value in graph.buffers() if value.dtype.is_floating_point)
+
+
+def _count(batches: tuple[Mapping[str, Tensor], ...]) -> int:
+    return sum(len(next(iter(batch.values()))) for batch in batches)
+
+
+def _record(record: PassRecord) -> PassRecordView:
+    result = record.result
+    return PassRecordView(
+        name=record.name,
+        options={name: cast(Json, value) for name, value in record.options.items()},
+        inserted=record.inserted,
+        changed=result.changed,
+        skipped=tuple(SkipView(skip.node, skip.why) for skip in result.skipped),
+        measured=result.measured,
+    )
+
+
+def _failed_gates(report: Report) -> list[str]:
+    return [
+        f"gate failed: {gate.expr} (is {gate.value:.6g} in {gate.where})"
+        if gate.value is not None
+        else f"gate not measured: {gate.expr}"
+        for gate in report.gates
+        if not gate.passed
+    ]
