@@ -1,0 +1,10 @@
+#!/bin/sh
+# Sets up a virtual environment ($VENV, or .venv) with everything the tests need and runs them all.
+set -eu
+cd "$(dirname "$0")/.."
+venv=${VENV:-.venv}
+python3 -m venv "$venv"
+"$venv/bin/python" -m pip install --quiet --editable '.[dev]'
+"$venv/bin/ruff" check .
+"$venv/bin/mypy"
+exec "$venv/bin/python" -m pytest "$@"
