@@ -230,7 +230,7 @@ def _unit_factor(reversed_hessians: Tensor, dead: Tensor, damp: float) -> Tensor
         # A pivot at the level of rounding noise divides what follows by noise.
         smallest = part.diagonal(dim1=-2, dim2=-1).square().amin(-1)
         good = (info == 0) & (smallest > torch.finfo(torch.float32).eps * mean[pending])
-        upper[pending[good]] = part[good]
+        upper[pending] = part
         pending = pending[~good]
         if not len(pending):
             break

@@ -137,7 +137,10 @@ class WeightPass(Pass):
         return PassResult(tuple(changed), tuple(skipped), measured)
 
     def _for_layer(self, program: Program, layer: Layer) -> "WeightPass":
-        """These options as they hold for one layer."""
+        """These options as they hold for one layer.
+
+        Raises PassError when the recipe names the layer and asks for what the target cannot run.
+        """
         fields = {field.name for field in dataclasses.fields(self)}
         named = program.options_for(layer.name).items()
         overrides: dict[str, Any] = {key: value for key, value in named if key in fields}
@@ -148,6 +151,8 @@ class WeightPass(Pass):
             options = dataclasses.replace(options, bits=HEAD_BITS, group_size=-1)
         if layer.kind != "linear" and not program.rules.conv_groups and options.group_size > 0:
             options = dataclasses.replace(options, group_size=-1)
+        if "bits" in overrides:
+            self._require("bits", options.bits, _widths(program, layer.kind), program.rules.name)
         return options
 
     def _reason_to_skip(self, program: Program, layer: Layer) -> str:

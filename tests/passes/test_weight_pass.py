@@ -304,6 +304,13 @@ def test_kinds_of_layers_that_the_target_cannot_store_are_left() -> None:
     assert result.changed == ("fc1", "fc2")
 
 
+def test_named_layers_must_be_given_what_the_target_can_store() -> None:
+    rules = dataclasses.replace(RULES, linear_bits=frozenset({4, 8}))
+    with pytest.raises(PassError, match=r"^second: target test cannot run rtn with bits=2") as caught:
+        RTN().run(_chain((LayerRule("second", options={"bits": 2}),), rules))
+    assert caught.value.fix == "the nearest it can is rtn:bits=4"
+
+
 def test_convolutions_fall_back_to_one_group_where_the_target_has_no_groups_for_them() -> None:
     program = program_of(seeded(Flattening), {"x": torch.zeros(2, 1, 10, 10)})
     program.rules = dataclasses.replace(RULES, conv_groups=False)
