@@ -42,9 +42,10 @@ class Figures:
 
 
 class Comparison:
-    """Accumulates batches of (reference, value) of one output."""
+    """Accumulates batches of (reference, value) of one output; `ranks` False leaves out top1_agreement and kl."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, ranks: bool = True) -> None:
+        self._ranks = ranks
         self._count = 0
         self._signal = self._noise = self._dot = self._energy = 0.0
         self._max_abs = self._sum_abs = 0.0
@@ -60,7 +61,7 @@ class Comparison:
         width = r.shape[-1] if r.ndim else 1
         if r.size == 0:
             return
-        ranked = r.ndim >= 2 and width >= 2 and np.issubdtype(r.dtype, np.floating)
+        ranked = self._ranks and r.ndim >= 2 and width >= 2 and np.issubdtype(r.dtype, np.floating)
         rows_r, rows_v = r.reshape(-1, width), v.reshape(-1, width)
         step = max(1, BLOCK // width)
         for start in range(0, len(rows_r), step):

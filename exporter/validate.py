@@ -12,7 +12,6 @@ simulated - artifact the runtime's own arithmetic. Layers are compared with the 
 weights, as they were before the first quantizing pass.
 """
 
-import dataclasses
 import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +28,7 @@ from exporter.backends.fuse import quantized_weight
 from exporter.backends.lowered_ops import MARK
 from exporter.errors import InputError
 from exporter.load import resolve_callable
-from exporter.metrics import Comparison, Figures
+from exporter.metrics import Comparison, Figures, sqnr_db
 from exporter.report import LayerDiff, LayerSqnr
 from passes.base import Program
 from passes.calibration import Batch, cut
@@ -67,12 +66,9 @@ def compare_outputs(reference: Session, value: Session, batches: Sequence[Batch]
     return {name: comparison.figures() for name, comparison in comparisons.items()}
 
 
-@dataclasses.dataclass
 class _LayerComparison:
-    own: Comparison = dataclasses.field(default_factory=Comparison)
-    accumulated: Comparison = dataclasses.field(default_factory=Comparison)
-    runtime: Comparison = dataclasses.field(default_factory=Comparison)
-    lowering: Comparison = dataclasses.field(default_factory=Comparison)
+    def __init__(self) -> None:
+        self.own, self.accumulated, self.runtime, self.lowering = (Comparison(ranks=False) for _ in range(4))
 
 
 def compare_layers(
@@ -116,9 +112,7 @@ def _layer_diff(
     weight = get_tensor(twin, float_layer.weight)
     figures, sqnr = comparison.accumulated.figures(), None
     if quantized_weight(layer) is not None:
-        rounded = Comparison()
-        rounded.add(weight.numpy(), evaluate(program.graph, layer.weight).numpy())
-        sqnr = rounded.figures().sqnr_db
+        sqnr = sqnr_db(weight.numpy(), evaluate(program.graph, layer.weight).numpy())
     return LayerDiff(
         name=layer.name,
         kind=layer.kind,
