@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from exporter.backends.tensorrt.build import BuildError, EngineBuild, available_flavor
-from exporter.backends.tensorrt.bundle import DESCRIPTION, BundleError, finish
+from exporter.backends.tensorrt.bundle import DESCRIPTION, finish
 from exporter.errors import InputError, TargetError
+from exporter.output import MANIFEST, add_to_manifest
 from exporter.recipe import Recipe
 
 ENGINE = "model.engine"
@@ -12,14 +13,18 @@ BUNDLE = "trt"
 
 
 def build_bundle(bundle: Path, recipe: Recipe, *, force: bool = False) -> EngineBuild:
-    """Build `bundle` (or the bundle of an output folder) into its model.engine, with the recipe's TensorRT options.
+    """Build `bundle` into model.engine, with the recipe's TensorRT options.
 
+    `bundle` is an output folder or its trt folder, and the engine then lies where compile would have put it, in the
+    manifest too; or a bundle that was carried here alone, and the engine lies in it.
     Raises InputError for a folder that is no bundle, holds an engine already (without `force`) or cannot be written,
     and TargetError when there is no TensorRT here, its builder fails, or it folded a quantized weight back to float.
     """
     where = str(bundle)
     folder = bundle / BUNDLE if (bundle / BUNDLE / DESCRIPTION).is_file() else bundle
-    engine = folder / ENGINE
+    whole = folder.resolve().parent if folder.resolve().name == BUNDLE else folder
+    out = whole if (whole / MANIFEST).is_file() else None  # the output folder that the bundle is part of
+    engine = (out or folder) / ENGINE
     if not (folder / DESCRIPTION).is_file():
         raise InputError(f"is no TensorRT bundle: it has no {DESCRIPTION}", where=where, fix="give OUT or OUT/trt")
     if engine.exists() and not force:
@@ -30,7 +35,9 @@ def build_bundle(bundle: Path, recipe: Recipe, *, force: bool = False) -> Engine
         raise TargetError(f"{asked} on this machine", where=where, fix="see `qexport doctor`")
     try:
         done = finish(folder, engine, flavor, arch=recipe.trt_arch or None, profiles=recipe.trt_profiles or None)
-    except BundleError as error:
+        if out is not None:
+            add_to_manifest(out, ENGINE)
+    except ValueError as error:  # the bundle's description, or the manifest
         raise InputError(str(error), where=where) from error
     except BuildError as error:
         raise TargetError(str(error), where=where) from error

@@ -143,15 +143,22 @@ def build_command(bundle: Path, trt_flavor: str, trt_arch: str | None, profiles:
 
 @cli.command("bench")
 @click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--float", "float_model", type=click.Path(path_type=Path), metavar="FILE", help="The model in float, ONNX."
+)
 @click.option("--batch", "batches", multiple=True, type=click.IntRange(min=1), metavar="N", help="Samples at once.")
 @click.option("--length", type=click.IntRange(min=1), default=128, show_default=True, help="Of other free axes.")
 @click.option("--threads", type=click.IntRange(min=0), default=1, show_default=True, help="0: onnxruntime decides.")
 @click.option("--rounds", type=click.IntRange(min=3), default=30, show_default=True, help="Runs of each, in turns.")
-def bench_command(out: Path, batches: tuple[int, ...], length: int, threads: int, rounds: int) -> None:
+def bench_command(
+    out: Path, float_model: Path | None, batches: tuple[int, ...], length: int, threads: int, rounds: int
+) -> None:
     """Latency and throughput of the artifact beside the same network in float, in one run, as a ratio."""
     from exporter.bench import bench, render
 
-    show(render(bench(out, batches=batches or (1, 32), length=length, threads=threads, rounds=rounds)))
+    sizes = batches or (1, 32)
+    measured = bench(out, batches=sizes, length=length, threads=threads, rounds=rounds, float_model=float_model)
+    show(render(measured))
 
 
 def show(renderable: Any) -> None:

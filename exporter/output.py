@@ -176,8 +176,17 @@ def write_manifest(
         "calibration_sha256": calibration_sha256,
         "model_sha256": model_sha256,
     }
-    text = json.dumps(manifest, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    _write_json(folder / MANIFEST, manifest)
+
+
+def add_to_manifest(folder: Path, name: str) -> None:
+    """Put the hash of one more file into the manifest. Raises ValueError when the manifest is damaged."""
+    path = folder / MANIFEST
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        raise ValueError(f"{MANIFEST} is damaged")
+    manifest["files"][name] = file_sha256(folder / name)
+    _write_json(path, manifest)
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -209,3 +218,8 @@ def file_sha256(path: Path) -> str:
 
 def _files(folder: Path) -> Iterable[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _write_json(path: Path, value: Mapping[str, object]) -> None:
+    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
