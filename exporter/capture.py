@@ -7,31 +7,20 @@ Parameters are cloned, because the exported program shares them with the user's 
 
 import copy
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from exporter.errors import InputError
+from exporter.functional import inline_regions, make_functional
 from passes.base import LayerRule, Program, TargetRules
 from passes.calibration import Calibration
 from passes.graph import aten, copy_graph, inputs_of, tidy
 
 DROPOUTS = {aten.dropout.default, aten.dropout_.default, aten.feature_dropout.default, aten.alpha_dropout.default}
-IN_PLACE = {
-    aten.add_.Tensor: aten.add.Tensor,
-    aten.sub_.Tensor: aten.sub.Tensor,
-    aten.mul_.Tensor: aten.mul.Tensor,
-    aten.div_.Tensor: aten.div.Tensor,
-    aten.relu_.default: aten.relu.default,
-    aten.hardtanh_.default: aten.hardtanh.default,
-    aten.leaky_relu_.default: aten.leaky_relu.default,
-    aten.silu_.default: aten.silu.default,
-    aten.sigmoid_.default: aten.sigmoid.default,
-    aten.hardswish_.default: aten.hardswish.default,
-    aten.elu_.default: aten.elu.default,
-}
+ALIASES = {aten.alias.default, aten.detach.default}
 
 Dynamic = Mapping[str, Mapping[int, str]]
 """{input: {axis: label}}: axes that stay free; axes with one label are equal."""
@@ -65,7 +54,7 @@ def flatten(program: torch.export.ExportedProgram) -> tuple[fx.GraphModule, tupl
     module.graph.set_codegen(fx.graph.CodeGen())
     output = module.graph.output_node()
     output.args = (tuple(output.args[0][index] for index in keep),)  # type: ignore[index]  # a flat list of nodes
-    strip(module.graph)
+    strip(module)
     clone_tensors(module)
     graph = copy_graph(module)
     tidy(graph)
@@ -92,43 +81,42 @@ def output_names(spec: pytree.TreeSpec) -> list[str]:
     return names
 
 
-def strip(graph: fx.Graph) -> None:
-    """Drop what does nothing at inference and turn in-place operators into their functional forms."""
+def strip(module: fx.GraphModule) -> None:
+    """Inline regions, drop what does nothing at inference, and leave no in-place operator."""
+    inline_regions(module)
+    drop(module.graph, shares_memory)  # first, so that in-place operators see which values are one
+    make_functional(module.graph)
+    drop(module.graph, copies_only)
+
+
+def drop(graph: fx.Graph, does_nothing: Callable[[fx.Node], bool]) -> None:
+    """Erase nodes whose first argument may stand for them, and dtype assertions."""
     for node in list(graph.nodes):
-        if node.op != "call_function":
-            continue
-        if node.target in IN_PLACE:
-            make_functional(node)
         if node.target is aten._assert_tensor_metadata.default:
             graph.erase_node(node)
-        elif does_nothing(node):
+        elif node.op == "call_function" and does_nothing(node):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
 
 
-def make_functional(node: fx.Node) -> None:
-    """Compute a new value instead of overwriting the first argument; whoever reads the old one later reads the new."""
-    old = node.args[0]
-    assert isinstance(old, fx.Node)
-    node.target = IN_PLACE[node.target]  # type: ignore[index]  # the caller checked that it is there
-    old.replace_all_uses_with(node, delete_user_cb=lambda user: user is not node and user > node)
-
-
-def does_nothing(node: fx.Node) -> bool:
-    """True for inactive dropout, a cast to the same type, a slice of everything, and bookkeeping copies."""
+def shares_memory(node: fx.Node) -> bool:
+    """True for what returns its argument itself: inactive dropout, bookkeeping, a slice of everything."""
     if node.target in DROPOUTS:
         return node.args[2] is False
-    if node.target in (aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default):
-        return True
     if node.target is aten.slice.Tensor:
         start, end = (node.args[2] if len(node.args) > 2 else 0), (node.args[3] if len(node.args) > 3 else sys.maxsize)
         return start in (0, None) and end in (sys.maxsize, None) and len(node.args) < 5
+    return node.target in ALIASES
+
+
+def copies_only(node: fx.Node) -> bool:
+    """True for what returns its argument's values: copies, and casts to the same type."""
     if node.target in (aten.to.dtype, aten._to_copy.default):
         source = node.args[0]
         before = source.meta.get("val") if isinstance(source, fx.Node) else None
         after = node.meta.get("val")
         return isinstance(before, Tensor) and isinstance(after, Tensor) and before.dtype == after.dtype
-    return False
+    return node.target is aten.lift_fresh_copy.default or shares_memory(node)
 
 
 def clone_tensors(module: nn.Module) -> None:
