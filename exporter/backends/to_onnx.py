@@ -40,7 +40,7 @@ def export(
 
     `example` are inputs whose free axes are at least 2 long; free axes carry the labels of `dynamic`.
     """
-    names = [node.name for node in inputs_of(graph)]
+    names = [str(node.target) for node in inputs_of(graph)]
     dimensions = {label: torch.export.Dim(label) for axes in dynamic.values() for label in axes.values()}
     automatic = tuple(dict.fromkeys(dynamic.get(name, {}), torch.export.Dim.DYNAMIC) or None for name in names)
     labels = tuple({axis: dimensions[label] for axis, label in dynamic.get(name, {}).items()} or None for name in names)

@@ -45,7 +45,7 @@ class OnnxBackend(Backend):
         taps = expand(model, dialect)
         path = folder / "model.onnx"
         save(model, path)
-        inputs = tuple(node.name for node in inputs_of(fused.graph))
+        inputs = tuple(str(node.target) for node in inputs_of(fused.graph))
         artifact = Artifact("onnxruntime", path, inputs, program.output_names)
         return Lowered(artifact, fused.graph, simulate_kernels(fused.graph), tuple(dialect.layers), taps)
 
