@@ -11,7 +11,6 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,14 +19,14 @@ from onnx import numpy_helper
 
 from exporter.backends.base import LoweredLayer
 from exporter.backends.tensorrt.build import EngineBuild, Flavor, Profile, build_engine
-from exporter.backends.tensorrt.folding import PackedWeight, StoredWeight, packed_weights, stored_weights
+from exporter.backends.tensorrt.folding import PackedWeight, packed_weights, stored_weights
 
 MODEL = "model.onnx"
 DESCRIPTION = "build.json"
 SCHEMA_VERSION = 1
 
 
-class BundleError(ValueError):
+class BundleError(Exception):
     """The folder is no bundle that this version can read; `str()` is one line that says why."""
 
 
@@ -69,7 +68,9 @@ def read_bundle(folder: Path) -> Bundle:
     try:
         read = json.loads(path.read_text(encoding="utf-8"))
         if read["schema_version"] != SCHEMA_VERSION:
-            raise BundleError(f"{path} has schema version {read['schema_version']}; this qexport reads {SCHEMA_VERSION}")
+            raise BundleError(
+                f"{path} has schema version {read['schema_version']}; this qexport reads {SCHEMA_VERSION}"
+            )
         return Bundle(
             inputs=tuple(read["inputs"]),
             outputs=tuple(read["outputs"]),
@@ -77,7 +78,7 @@ def read_bundle(folder: Path) -> Bundle:
             arch=tuple(read["arch"]),
             layers=tuple(LoweredLayer(**layer) for layer in read["layers"]),
         )
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:  # what reading a wrong structure raises
         raise BundleError(f"{path} is damaged: {type(error).__name__}: {error}") from error
 
 

@@ -125,7 +125,10 @@ def fit_blocks(codes: Array, scale: Array, group_size: int) -> tuple[Array, Arra
 
 
 def repeat_channel_scale(scale: Array, columns: int) -> tuple[Array, int]:
-    """Scale [out or 1, 1] once for each block of a row of `columns`, and the block; (scale, -1) when none divides it."""
+    """Scale [out or 1, 1] once for each block of a row, and the block; (scale, -1) when no block fits.
+
+    At least two blocks: a block as wide as the row is per channel again, and not fused.
+    """
     block = next((block for block in CHANNEL_BLOCKS if block < columns and columns % block == 0), -1)
     return (np.repeat(scale, columns // block, axis=1), block) if block > 0 else (scale, -1)
 

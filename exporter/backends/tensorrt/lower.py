@@ -1,6 +1,7 @@
 """The TensorRT target: a bundle of model.onnx in TensorRT's dialect and build.json, from which an engine is built.
 
-The bundle is whole without TensorRT: it can be carried to the machine with the GPU and finished there (`bundle.finish`).
+The bundle is written without TensorRT; it can be carried to the machine with the GPU and finished there
+(`bundle.finish`).
 """
 
 import dataclasses
@@ -28,7 +29,7 @@ TOKEN_BITS_ARGUMENT = 7  # of LINEAR
 
 @dataclasses.dataclass(frozen=True)
 class TensorRTBackend(Backend):
-    """Lowers to a bundle. `arch` names the GPU architectures that an rtx engine is for; none means all from Ampere on."""
+    """Lowers to a bundle. `arch` names the GPUs an rtx engine is for (sm80, sm89); none means all from Ampere on."""
 
     arch: tuple[str, ...] = ()
 
@@ -58,7 +59,7 @@ class TensorRTBackend(Backend):
         dialect = TensorRTDialect()
         taps = expand(model, dialect)
         save(model, folder / MODEL)
-        inputs = tuple(node.name for node in inputs_of(fused.graph))
+        inputs = tuple(str(node.target) for node in inputs_of(fused.graph))
         layers = tuple(dialect.layers)
         write_bundle(folder, Bundle(inputs, program.output_names, choose_profiles(program), self.arch, layers))
         artifact = Artifact("tensorrt", folder / MODEL, inputs, program.output_names)
