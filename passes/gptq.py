@@ -116,15 +116,17 @@ def _quantize_outputs(
         grid = one_grid or _fit(weight, options)
         rows.set_grid(grid, order // width, 0)
         for start in range(0, columns, options.block_size):
-            _round_block(rows, factor, start, min(start + options.block_size, columns))
+            block = rows.corrected(factor, start, min(start + options.block_size, columns))
+            _round_block(rows, factor, start, block)
     else:
         grids = []
         step = width * max(1, options.block_size // width)
         for start in range(0, columns, step):
             stop = min(start + step, columns)
-            grids.append(_fit(_updated(rows, factor, start, stop).mT.to(weight.dtype), options))
+            block = rows.corrected(factor, start, stop)
+            grids.append(_fit(_updated(rows, factor, start, block).mT.to(weight.dtype), options))
             rows.set_grid(grids[-1], (order[:, start:stop] - start) // width, start)
-            _round_block(rows, factor, start, stop)
+            _round_block(rows, factor, start, block)
         grid = AffineGrid(
             torch.cat([grid.scale for grid in grids], dim=1),
             None if options.symmetric else torch.cat([_present(grid.zero_point) for grid in grids], dim=1),
@@ -188,18 +190,17 @@ class _Rows:
         return torch.baddbmm(self.weight[:, start:stop], factor[:, start:stop, :start], self.errors[:, :start])
 
 
-def _updated(rows: _Rows, factor: Tensor, start: int, stop: int) -> Tensor:
-    """The best real-valued rows start..stop, given those before: w' of the paper when column `start` is reached."""
-    weight = rows.weight[:, start:stop]
-    owed = rows.corrected(factor, start, stop).sub_(weight)
-    inner = factor[:, start:stop, start:stop]
-    updated: Tensor = torch.linalg.solve_triangular(inner, owed, upper=False, unitriangular=True).add_(weight)
+def _updated(rows: _Rows, factor: Tensor, start: int, block: Tensor) -> Tensor:
+    """The best real-valued rows of `block`, given those before: w' of the paper when column `start` is reached."""
+    stop = start + block.shape[1]
+    weight, inner = rows.weight[:, start:stop], factor[:, start:stop, start:stop]
+    updated: Tensor = torch.linalg.solve_triangular(inner, block - weight, upper=False, unitriangular=True).add_(weight)
     return updated
 
 
-def _round_block(rows: _Rows, factor: Tensor, start: int, stop: int) -> None:
-    """Round rows start..stop, all before them being done."""
-    block = rows.corrected(factor, start, stop)
+def _round_block(rows: _Rows, factor: Tensor, start: int, block: Tensor) -> None:
+    """Round the rows from `start` on whose corrected values are `block`, all before them being done."""
+    stop = start + block.shape[1]
     for index, k in enumerate(range(start, stop)):
         target = block[:, index : index + 1]
         if index:
