@@ -14,6 +14,9 @@ from rich.progress import Progress as Bars
 PATIENCE_S = 2.0
 """A stage that takes no longer than this shows no bar."""
 
+LONG_S = 10.0
+"""A stage that takes longer than this is worth a line in a log."""
+
 
 class Progress(Protocol):
     """Told by the compiler where it is."""
@@ -36,11 +39,18 @@ class Silent:
 
 
 class Lines:
-    """One line on stderr for each stage: where there is no terminal."""
+    """Where there is no terminal: a line on stderr for each stage that took long, when it is over."""
+
+    def __init__(self) -> None:
+        self._stage = ""
+        self._started = 0.0
 
     def stage(self, name: str) -> None:
-        """Print the line."""
-        print(name, file=sys.stderr, flush=True)
+        """Print the line of the stage before."""
+        now = time.monotonic()
+        if self._stage and now - self._started > LONG_S:
+            print(f"{self._stage}: {now - self._started:.0f} s", file=sys.stderr, flush=True)
+        self._stage, self._started = name, now
 
     def step(self, text: str, done: int, total: int) -> None:
         """Nothing: a log file is no place for a bar."""
@@ -86,11 +96,13 @@ class RichProgress:
 
 @contextlib.contextmanager
 def reporting(*, quiet: bool) -> Iterator[Progress]:
-    """What fits the occasion: nothing with `quiet`, bars on a terminal, lines elsewhere."""
+    """What fits the occasion: nothing with `quiet`, bars on a terminal, a few lines elsewhere."""
     if quiet:
         yield Silent()
     elif sys.stderr.isatty():
         with RichProgress() as progress:
             yield progress
     else:
-        yield Lines()
+        lines = Lines()
+        yield lines
+        lines.stage("")
