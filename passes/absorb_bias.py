@@ -8,26 +8,29 @@ where P is what lies between the layers (pooling, padding, reshapes) and c stand
 channel i. The range of the activation shrinks by c; the function changes only where z < c, which is rare for
 
     c_i = max(0, beta_i - 3 |gamma_i|)       with the statistics of a folded batch norm, rescaled with its channel,
-    c_i = max(0, a low quantile of z_i)      over calibration data, where there are none.
+    c_i = max(0, a low quantile of z_i)      over calibration data, where there are none, or where it is lower.
 
 A cap moves with its channel: min(relu(z), d) - c = min(relu(z - c), d - c) for c <= d.
 
 Padding fills with 0, not with c: near the border W2 P c is less than inside. It is computed as the image it is,
 [out, H, W]: the value at the centre goes into the bias, and the rest, if any, is added behind the second layer as a
-constant image. That needs a fixed height and width. max(x + c) = max(x) + c holds only where c is the same all over the
-window, so a maximum over a border padded with zeros is refused.
+constant image. That needs a fixed height and width. A target that quantizes a convolution's output does so in front of
+that addition and again behind it, so an image is not always worth it.
+
+max(x + c) = max(x) + c holds only where c is the same all over the window: a maximum over a border padded with zeros is
+refused.
 """
 
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, fx
 
 from passes.base import ChannelStatistics, Pass, PassResult, Program, Skip
-from passes.calibration import Stream, run_graph
+from passes.calibration import Stream, run_graph, watch_values
 from passes.equalize_pairs import (
     ADAPTIVE_POOLS,
     AVERAGE_POOLS,
@@ -46,7 +49,18 @@ from passes.equalize_pairs import (
     pad_mode,
     set_cap,
 )
-from passes.graph import Layer, add_tensor, aten, bias_of, call_before, can_take_bias, get_tensor, give_bias, weight_of
+from passes.graph import (
+    Layer,
+    add_tensor,
+    aten,
+    bias_of,
+    call_before,
+    can_take_bias,
+    get_tensor,
+    give_bias,
+    single_user,
+    weight_of,
+)
 
 LINEAR = {*SHAPES, *AVERAGE_POOLS, *ADAPTIVE_POOLS, *RESIZES, *PADS, aten.mean.dim}
 MAXIMA = {*MAX_POOLS, aten.amax.default}
@@ -60,7 +74,8 @@ class AbsorbBias(Pass):
     """Move high biases of ReLU channels into the next layer; reports how far the float output moves.
 
     sigmas    standard deviations of the channel left below its mean, where batch-norm statistics are known
-    quantile  part of the calibration data that may fall below c, where they are not
+    quantile  part of the calibration data that may fall below c; 1 trusts the statistics alone, as the paper does
+    border    gain: an image is added only where calibration says that it pays (see _paying); always: where it can be
     """
 
     name: ClassVar[str] = "absorb-bias"
@@ -71,6 +86,7 @@ class AbsorbBias(Pass):
 
     sigmas: float = 3.0
     quantile: float = 0.001
+    border: Literal["gain", "always"] = "gain"
 
     def run(self, program: Program) -> PassResult:
         """Plan every move on the graph as it is, then make them."""
@@ -85,6 +101,9 @@ class AbsorbBias(Pass):
                 moves.append(_plan(graph, pair, lows[pair.first.name], shapes))
             except BlockedError as blocked:
                 skipped.append(Skip(pair.name, str(blocked)))
+        if self.border == "gain" and program.rules.conv_outputs:
+            moves, unpaid = _paying(program, moves)
+            skipped += unpaid
         _apply(program, moves)
         graph.recompile()
         after = run_graph(graph, batches)
@@ -108,17 +127,18 @@ class AbsorbBias(Pass):
         lows: dict[str, Tensor] = {}
         stream = Stream(program.graph, program.calibration.batches)
         for layer in layers:
-            statistics = program.channel_stats.get(layer.name)
-            if statistics is not None:
-                lows[layer.name] = statistics.mean.double() - self.sigmas * statistics.std.double()
-                continue
             stream.advance(layer.node.next)
             values = [
                 value.movedim(channel_axis(layer, value.dim()), 0).flatten(1) for value in stream.values(layer.node)
             ]
             samples = torch.cat(values, 1)  # [out, samples and places]
             rank = max(1, math.ceil(self.quantile * samples.shape[1]))
-            lows[layer.name] = samples.kthvalue(rank, 1).values.double()
+            low = samples.kthvalue(rank, 1).values.double()
+            statistics = program.channel_stats.get(layer.name)
+            if statistics is not None:
+                # Channels are not Gaussian: a tail on the data that is longer than 3 |gamma| would shift the output.
+                low = torch.minimum(low, statistics.mean.double() - self.sigmas * statistics.std.double())
+            lows[layer.name] = low
         return lows
 
 
@@ -232,6 +252,63 @@ def _is_set(arguments: tuple[object, ...]) -> bool:
     return any(
         any(value) if isinstance(value, list | tuple) else value not in (0, None, "valid") for value in arguments
     )
+
+
+def _paying(program: Program, moves: list[_Move]) -> tuple[list[_Move], list[Skip]]:
+    """Keep the moves without a border image, and of the others those whose image pays.
+
+    With f the range in front of the second layer, as a part of what it was, and w that of the convolution's output: the
+    noise in front shrinks by f, the one behind grows by sqrt(w^2 + 1), as there are two roundings. Without an image
+    that output is rounded behind its relu, with it in front of the addition. What it hands on is gone from it anyway.
+    """
+    bordered = {move.pair.second.node: move for move in moves if move.border is not None}
+    handed_on = {move.pair.first.node: move.shift for move in moves}
+    sources = {move.pair.second.input: move for move in bordered.values()}
+    ranges: dict[tuple[fx.Node, str], tuple[float, float]] = {}
+
+    def see(node: fx.Node, what: str, value: Tensor) -> None:
+        low, high = ranges.get((node, what), (0.0, 0.0))
+        ranges[node, what] = min(low, float(value.min())), max(high, float(value.max()))
+
+    def watch(node: fx.Node, value: Any) -> None:
+        if node in sources:
+            pair, shift = sources[node].pair, sources[node].shift
+            see(node, "before", value)
+            see(node, "after", (value - _along(shift[pair.channel], pair.second, value)).relu())
+        if node in bordered:
+            move = bordered[node]
+            assert move.border is not None
+            left = value - _along(handed_on[node], move.pair.second, value) if node in handed_on else value
+            reader = single_user(node)
+            rectified = reader is not None and (is_relu(reader) or reader.target in CLAMPS)
+            see(node, "before", left.relu() if rectified else left)
+            see(node, "after", left - move.border)
+
+    watch_values(program.graph, program.calibration.batches, watch)
+
+    def widened(node: fx.Node) -> float:
+        (low, high), (low_before, high_before) = ranges[node, "after"], ranges[node, "before"]
+        return (high - low) / max(high_before - low_before, torch.finfo(torch.float32).tiny)
+
+    kept, skipped = [], []
+    for move in moves:
+        second = move.pair.second
+        if move.border is None:
+            kept.append(move)
+            continue
+        front, behind = widened(second.input), widened(second.node)
+        if front * math.hypot(behind, 1) < 1:
+            kept.append(move)
+        else:
+            parts = f"{front:.2f} of the range in front of it, {behind:.2f} behind"
+            skipped.append(Skip(move.pair.name, f"its border would cost more than it gains ({parts})"))
+    return kept, skipped
+
+
+def _along(values: Tensor, layer: Layer, like: Tensor) -> Tensor:
+    """`values` per channel, shaped to broadcast to an input or output of the layer."""
+    axis = channel_axis(layer, like.dim())
+    return values.view([-1 if a == axis else 1 for a in range(like.dim())])
 
 
 def _apply(program: Program, moves: list[_Move]) -> None:

@@ -21,7 +21,7 @@ from tests.passes.nets import (
     seeded,
 )
 
-NEVER_BELOW = AbsorbBias(quantile=0)
+NEVER_BELOW = AbsorbBias(quantile=0, border="always")
 """c is the smallest value seen: on calibration data nothing falls below it, so the function must stay to rounding."""
 
 
@@ -42,6 +42,10 @@ class Chain(nn.Module):
 
 def _relu(*more: nn.Module) -> nn.Module:
     return nn.Sequential(nn.ReLU(), *more)
+
+
+def _relu_behind(layer: nn.Module) -> nn.Module:
+    return nn.Sequential(layer, nn.ReLU())
 
 
 def _absorb(
@@ -123,7 +127,7 @@ def test_feed_forward_over_tokens() -> None:
     # Put the product's channels high by statistics alone: it has no bias, and gets one.
     name = find_layers(program.graph)[0].name
     program.channel_stats[name] = ChannelStatistics(torch.full((6,), 0.5), torch.full((6,), 0.1))
-    result = AbsorbBias().run(program)
+    result = AbsorbBias(quantile=1).run(program)
     tidy(program.graph)
     assert len(result.changed) == 1
     assert count(program.graph, aten.addmm.default) == 1
@@ -196,7 +200,7 @@ def test_statistics_say_how_much() -> None:
     program = program_of(module, {"x": torch.zeros(2, 3, 8, 8)})
     FoldBatchNorm().run(program)
     before = {layer.name: bias_of(program.graph, layer) for layer in find_layers(program.graph)}
-    result = AbsorbBias().run(program)
+    result = AbsorbBias(quantile=1, border="always").run(program)
     tidy(program.graph)
     assert set(result.changed) >= {"expand -> depthwise", "depthwise -> project"}
     expand = next(layer for layer in find_layers(program.graph) if layer.name == "expand")
@@ -213,11 +217,41 @@ def test_the_reported_shift_is_the_shift() -> None:
     FoldBatchNorm().run(program)
     CrossLayerEqualization().run(program)
     before = outputs(program.graph, program)
-    result = AbsorbBias(sigmas=1.0).run(program)  # so bold that values do fall below c
+    result = AbsorbBias(sigmas=1, quantile=1, border="always").run(program)  # so bold that values do fall below c
     after = outputs(program.graph, program)
     shift = float((after - before).abs().max())
     assert shift > 1e-3
     assert result.measured["float_shift_max_abs"] == shift
+
+
+def test_calibration_lowers_what_statistics_promise() -> None:
+    program = program_of(seeded(lambda: Chain(nn.ReLU(), nn.Conv2d(8, 5, 1))), {"x": torch.zeros(2, 2, 8, 8)})
+    program.channel_stats["first"] = ChannelStatistics(torch.full((8,), 100.0), torch.ones(8))
+    result = AbsorbBias(quantile=0).run(program)
+    assert result.measured["channels"] == 8
+    assert_same_function(program)
+
+
+def test_a_border_that_costs_more_than_it_gains_is_left() -> None:
+    """Behind the second layer a relu keeps little of each value: the image would have to be added in front of it."""
+    module = seeded(lambda: Chain(nn.ReLU(), _relu_behind(nn.Conv2d(8, 8, 3, padding=1, groups=8))))
+    nn.init.ones_(module.second[0].weight)
+    nn.init.constant_(module.second[0].bias, -54.0)
+    program, result = _absorb(module, torch.zeros(2, 2, 8, 8), AbsorbBias(quantile=0))
+    assert result.changed == ()
+    assert reasons(result)["first -> second.0"].startswith("its border would cost more than it gains (0.")
+    assert_same_function(program)
+    _, always = _absorb(module, torch.zeros(2, 2, 8, 8), NEVER_BELOW)
+    assert always.measured["border_images"] == 1
+
+
+def test_a_border_that_pays_is_added() -> None:
+    """High values that vary little: nearly all of the range in front goes, and a little of it behind."""
+    module = seeded(lambda: Chain(nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1, groups=8), height=20.0))
+    program, result = _absorb(module, torch.zeros(2, 2, 8, 8), AbsorbBias(quantile=0))
+    assert result.changed == ("first -> second",)
+    assert result.measured["border_images"] == 1
+    assert_same_function(program)
 
 
 def test_equalized_caps_move_with_their_channels() -> None:
