@@ -29,7 +29,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, fx
 
-from passes.base import ChannelStatistics, Pass, PassResult, Program, Skip
+from passes.base import ChannelStatistics, Pass, PassError, PassResult, Program, Skip
 from passes.calibration import Stream, run_graph, watch_values
 from passes.equalize_pairs import (
     ADAPTIVE_POOLS,
@@ -87,6 +87,11 @@ class AbsorbBias(Pass):
     sigmas: float = 3.0
     quantile: float = 0.001
     border: Literal["gain", "always"] = "gain"
+
+    def requires(self, program: Program) -> None:
+        """There must be data to choose c by, and to measure the shift with."""
+        if not program.calibration.batches:
+            raise PassError("absorb-bias needs calibration data", fix="give --calib")
 
     def run(self, program: Program) -> PassResult:
         """Plan every move on the graph as it is, then make them."""

@@ -31,7 +31,9 @@ class BiasCorrection(Pass):
     paper: ClassVar[str] = "arXiv 1906.04721"
 
     def requires(self, program: Program) -> None:
-        """Something must be quantized already."""
+        """Something must be quantized already, and there must be data to see by how much it is off."""
+        if not program.calibration.batches:
+            raise PassError("bias-correct needs calibration data", fix="give --calib")
         quantizers = (DEQUANTIZE, FAKE_QUANTIZE, FAKE_QUANTIZE_DYNAMIC)
         if not any(node.target in quantizers for node in program.graph.graph.nodes):
             raise PassError("bias-correct finds nothing quantized", fix="put it behind the passes that quantize")

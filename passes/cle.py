@@ -22,7 +22,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from passes.base import ChannelStatistics, Pass, PassResult, Program, Skip
+from passes.base import ChannelStatistics, Pass, PassError, PassResult, Program, Skip
 from passes.calibration import watch_values
 from passes.equalize_pairs import Pair, find_pairs, observe_shapes, set_cap
 from passes.graph import Layer, aten, bias_of, set_bias, set_weight, weight_of
@@ -54,6 +54,11 @@ class CrossLayerEqualization(Pass):
     iterations: int = 40
     tolerance: float = 1e-3
     replace_relu6: bool = False
+
+    def requires(self, program: Program) -> None:
+        """One batch must be there to know the shapes by."""
+        if not program.calibration.batches:
+            raise PassError("cle needs calibration data", fix="give --calib")
 
     def run(self, program: Program) -> PassResult:
         """Find the pairs, equalize copies of their ranges, then write every weight once."""

@@ -6,11 +6,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from passes.absorb_bias import AbsorbBias
-from passes.base import ChannelStatistics, PassResult, Program
+from passes.base import ChannelStatistics, PassError, PassResult, Program
 from passes.cle import CrossLayerEqualization
 from passes.fold_bn import FoldBatchNorm
 from passes.graph import aten, bias_of, find_layers, get_tensor, tidy
 from tests.passes.nets import (
+    FeedForward,
     InvertedResidual,
     assert_same_function,
     count,
@@ -264,3 +265,9 @@ def test_equalized_caps_move_with_their_channels() -> None:
     assert result.changed == ("first -> second",)
     assert count(program.graph, aten.minimum.default) == 1
     assert_same_function(program)
+
+
+def test_without_calibration_data_it_refuses() -> None:
+    program = program_of(seeded(FeedForward), {"x": torch.zeros(2, 5, 12)}, batches=0)
+    with pytest.raises(PassError, match="needs calibration data"):
+        AbsorbBias().requires(program)

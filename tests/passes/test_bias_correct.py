@@ -121,3 +121,9 @@ def test_nothing_to_correct_is_an_error() -> None:
     program = program_of(seeded(FeedForward), {"x": torch.zeros(4, 5, 12)})
     with pytest.raises(PassError, match="nothing quantized"):
         _run(program, BiasCorrection())
+
+
+def test_without_calibration_data_it_refuses() -> None:
+    program = program_of(seeded(FeedForward), {"x": torch.zeros(2, 5, 12)}, batches=0)
+    with pytest.raises(PassError, match="needs calibration data"):
+        BiasCorrection().requires(program)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from passes.base import PassResult, Program
+from passes.base import PassError, PassResult, Program
 from passes.cle import CrossLayerEqualization
 from passes.fold_bn import FoldBatchNorm
 from passes.graph import aten, bias_of, find_layers, get_tensor, set_weight, tidy, weight_of
@@ -278,3 +278,9 @@ def test_what_is_not_understood_is_refused() -> None:
     assert why["conv6"] == "avg_pool3d (aten.avg_pool3d.default) works across channels"
     assert result.changed == ("conv7 -> last",)
     assert_same_function(program)
+
+
+def test_without_calibration_data_it_refuses() -> None:
+    program = program_of(seeded(FeedForward), {"x": torch.zeros(2, 5, 12)}, batches=0)
+    with pytest.raises(PassError, match="needs calibration data"):
+        CrossLayerEqualization().requires(program)
