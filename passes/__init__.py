@@ -2,8 +2,10 @@
 
 from collections.abc import Mapping
 
+from passes.absorb_bias import AbsorbBias
 from passes.act_quant import ActQuant
 from passes.base import Pass
+from passes.bias_correct import BiasCorrection
 from passes.cle import CrossLayerEqualization
 from passes.fold_bn import FoldBatchNorm
 from passes.gptaq import GPTAQ
@@ -15,10 +17,12 @@ PASSES: Mapping[str, type[Pass]] = {
     for work in (
         FoldBatchNorm,
         CrossLayerEqualization,
+        AbsorbBias,
         ActQuant,
         RTN,
         GPTQ,
         GPTAQ,
+        BiasCorrection,
     )
 }
 """Every pass by the name that a recipe calls it, in the order they are usually run."""
