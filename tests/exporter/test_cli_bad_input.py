@@ -267,9 +267,9 @@ def test_a_folder_that_may_not_be_written_to(
 
 
 @pytest.mark.ort
-@pytest.mark.parametrize("limit", [1000, 12_000, 30_000, 80_000])
+@pytest.mark.parametrize("limit", [1000, 12_000])
 def test_a_disk_that_fills_up_leaves_nothing(here: Path, limit: int) -> None:
-    """A limit on the size of files stands in for the full disk: model, checkpoint or report hit it first."""
+    """A limit on the size of files stands in for the full disk: the first write fails, or one in its middle."""
     script = (
         "import sys, resource, signal, torch, onnxruntime, torch.onnx, onnxscript\n"
         "sys.dont_write_bytecode = True\n"

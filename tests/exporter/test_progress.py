@@ -1,0 +1,53 @@
+"""What a run says about itself: bars on a terminal, a few lines in a log, nothing when told to be quiet."""
+
+import io
+import itertools
+
+import pytest
+from rich.console import Console
+
+from exporter import progress
+from exporter.progress import Lines, RichProgress, Silent, reporting
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every look at the clock finds a minute gone."""
+    minutes = itertools.count(0.0, 60.0)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(minutes))
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_log_gets_a_line_for_each_stage_that_took_long(capsys: pytest.CaptureFixture[str]) -> None:
+    with reporting(quiet=False) as lines:
+        assert isinstance(lines, Lines)  # pytest's stderr is no terminal
+        lines.stage("load")
+        lines.step("layer", 1, 2)
+        lines.stage("capture")
+    assert capsys.readouterr() == ("", "load: 60 s\ncapture: 60 s\n")
+
+
+def test_a_log_gets_nothing_of_a_short_run(capsys: pytest.CaptureFixture[str]) -> None:
+    with reporting(quiet=False) as lines:
+        lines.stage("load")
+        lines.stage("capture")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_quiet_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
+    with reporting(quiet=True) as silent:
+        assert isinstance(silent, Silent)
+        silent.stage("load")
+        silent.step("layer", 1, 2)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_terminal_gets_the_stage_and_its_step() -> None:
+    terminal = io.StringIO()
+    with RichProgress(Console(file=terminal, force_terminal=True, width=100)) as bars:
+        bars.stage("load")
+        bars.stage("gptq")
+        bars.step("blocks.0.fc1", 3, 8)
+    written = terminal.getvalue()
+    assert "gptq" in written
+    assert "blocks.0.fc1" in written
