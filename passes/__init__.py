@@ -11,12 +11,14 @@ from passes.fold_bn import FoldBatchNorm
 from passes.gptaq import GPTAQ
 from passes.gptq import GPTQ
 from passes.rtn import RTN
+from passes.smooth import Smooth
 
 PASSES: Mapping[str, type[Pass]] = {
     work.name: work
     for work in (
         FoldBatchNorm,
         CrossLayerEqualization,
+        Smooth,
         AbsorbBias,
         ActQuant,
         RTN,
