@@ -122,6 +122,15 @@ def test_a_recipe_in_a_file_does_what_flags_do(files: Path, tmp_path: Path) -> N
     assert "4" in layers["first"].format
 
 
+def test_an_input_may_be_called_as_python_calls_something(tmp_path: Path) -> None:
+    """fx renames a node called input; the artifact, the data and the report keep the name."""
+    torch.manual_seed(0)
+    data = torch.randn(40, 16)
+    out = tmp_path / "out"
+    qexport.compile_model(nn.Linear(16, 4), {"input": data[:4]}, Recipe(), calibration={"input": data}, out=out)
+    assert load(out).inputs == ("input",)
+
+
 # Python.
 
 
