@@ -110,6 +110,8 @@ def _fuse_linear(graph: fx.GraphModule, layer: Layer, weight: Quantized, block_q
     if integer and is_block_wise(graph, weight):
         if not block_quantizes_input:
             return "a block-wise weight does not run on quantized activations here; use group_size=-1"
+        if token_bits == 4 or (static and not _is_eight_bits(layer.input)):
+            return "4-bit activations do not run on a block-wise weight here; use group_size=-1 or bits=8"
         source, token_bits, integer = (_first(source) if static else source), 0, False
     args = (
         source,
@@ -137,7 +139,7 @@ def _fuse_conv(graph: fx.GraphModule, layer: Layer, weight: Quantized, narrow_in
     source = layer.input
     if source.target is not FAKE_QUANTIZE or is_block_wise(graph, weight):
         return
-    if not narrow_input and source.args[3:5] not in EIGHT_BITS:
+    if not narrow_input and not _is_eight_bits(source):
         return
     shape = layer.weight.args[1]
     assert isinstance(shape, Sequence)
@@ -153,7 +155,8 @@ def _fuse_conv(graph: fx.GraphModule, layer: Layer, weight: Quantized, narrow_in
     set_argument(layer.node, layer.weight_arg, call_before(graph, layer.node, CONV_WEIGHT, args))
 
 
-EIGHT_BITS = ((-128, 127), (0, 255))
+def _is_eight_bits(quantizer: fx.Node) -> bool:
+    return tuple(quantizer.args[3:5]) in ((-128, 127), (0, 255))
 
 
 def _first(node: fx.Node) -> fx.Node:

@@ -109,9 +109,13 @@ class Node:
         """A string attribute."""
         return self.node.attributes[name].as_string()
 
-    def next_ops(self) -> set[str]:
-        """Operators that read the node's value."""
-        return {use.node.op_type for use in self.out.uses()}
+    def next_ops(self, through: frozenset[str] = frozenset()) -> set[str]:
+        """Operators that read the node's value; marks and those of `through` stand for their own readers."""
+        readers = [use.node for use in self.out.uses()]
+        for reader in readers:
+            if reader.op_type == "Mark" or reader.op_type in through:
+                readers += [use.node for use in reader.outputs[0].uses()]
+        return {reader.op_type for reader in readers}
 
 
 class Builder:

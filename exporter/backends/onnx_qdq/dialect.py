@@ -86,9 +86,10 @@ class OnnxRuntimeDialect(Dialect):
             columns = -(-codes.shape[1] // block)
             scale = np.repeat(scale, repeat, axis=1)[:, :columns].T
             zero_point = None if zero_point is None else np.repeat(zero_point, repeat, axis=1)[:, :columns].T
-        else:
-            scale = scale[:, 0] if scale.size > 1 else scale[0, 0]
-            zero_point = None if zero_point is None else zero_point[:, 0] if zero_point.size > 1 else zero_point[0, 0]
+        else:  # one scale for the tensor is written once a channel: no kernel takes a scalar
+            rows = codes.shape[0]
+            scale = np.broadcast_to(scale[:, 0], rows)
+            zero_point = None if zero_point is None else np.broadcast_to(zero_point[:, 0], rows)
         inputs = [stored, b.constant("weight_scale", np.ascontiguousarray(scale))]
         written = stored.const_value.nbytes + scale.nbytes if stored.const_value is not None else 0
         if zero_point is not None:

@@ -3,16 +3,18 @@
 from pathlib import Path
 from typing import ClassVar
 
+import onnx_ir as ir
 from torch import fx
 
 from exporter.backends.base import Backend, Lowered, LoweringError
 from exporter.backends.fuse import fuse
-from exporter.backends.lowered_ops import LINEAR
+from exporter.backends.lowered_ops import CONV_WEIGHT, LINEAR, MARK
 from exporter.backends.onnx_qdq.dialect import OnnxRuntimeDialect, kernel_block
 from exporter.backends.to_onnx import expand, export, save
+from passes.act_quant import ACTIVATIONS
 from passes.base import Program, TargetRules
-from passes.graph import call_before, copy_graph, get_tensor, inputs_of, tidy
-from passes.ops import FAKE_QUANTIZE_DYNAMIC
+from passes.graph import CONVS, call_before, copy_graph, get_tensor, inputs_of, tidy
+from passes.ops import FAKE_QUANTIZE, FAKE_QUANTIZE_DYNAMIC
 from runtimes.base import Artifact
 
 KERNEL_BITS = 8
@@ -40,14 +42,59 @@ class OnnxBackend(Backend):
         if fused.refused:
             raise LoweringError(self.name, fused.refused)
         example = program.calibration.example()
+        quantize_before_activation(fused.graph)
         model = export(fused.graph, example, program.dynamic, program.output_names)
         dialect = OnnxRuntimeDialect()
         taps = expand(model, dialect)
+        keep_float(model)
         path = folder / "model.onnx"
         save(model, path)
         inputs = tuple(str(node.target) for node in inputs_of(fused.graph))
         artifact = Artifact("onnxruntime", path, inputs, program.output_names)
         return Lowered(artifact, fused.graph, simulate_kernels(fused.graph), tuple(dialect.layers), taps)
+
+
+def quantize_before_activation(graph: fx.GraphModule) -> None:
+    """conv -> relu -> Q with signed codes becomes conv -> Q -> relu -> Q with the same range, which changes no value.
+
+    onnxruntime takes a convolution to integers only when what follows is a quantizer, or an activation that the
+    quantizer makes redundant (unsigned codes that begin at 0). Signed symmetric codes, which a program has that also
+    serves TensorRT, do not. Rounding to a grid that holds 0 commutes with clamping, so the first quantizer is exact.
+    """
+    for node in list(graph.graph.nodes):
+        if node.target is not FAKE_QUANTIZE or node.args[3] >= 0 or node.args[0].target not in ACTIVATIONS:
+            continue
+        activation = node.args[0]
+        value = activation.args[0]
+        conv = value.args[0] if value.target is MARK else value
+        if conv.target in CONVS and conv.args[1].target is CONV_WEIGHT:
+            activation.update_arg(0, call_before(graph, activation, FAKE_QUANTIZE, (value, *node.args[1:])))
+    tidy(graph)
+
+
+def keep_float(model: ir.Model) -> None:
+    """Keep onnxruntime from quantizing what the program left in float.
+
+    Between a DequantizeLinear and a QuantizeLinear it rounds the weight of a Conv, ConvTranspose or Gemm to int8 per
+    tensor on its own (WeightBiasQuantization). A Sum of one value in between, which it does not remove, prevents that.
+    """
+    for node in list(model.graph):
+        if node.op_type not in ("Conv", "ConvTranspose", "Gemm"):
+            continue
+        value, weight = node.inputs[0], node.inputs[1]
+        assert value is not None
+        assert weight is not None
+        if _made_by_dequantize(value) and not _made_by_dequantize(weight):
+            apart = ir.node("Sum", [value], name=f"{node.name}/Sum")
+            apart.outputs[0].name = f"{node.name}/Sum:0"
+            apart.outputs[0].shape, apart.outputs[0].type = value.shape, value.type
+            model.graph.insert_before(node, apart)
+            node.replace_input_with(0, apart.outputs[0])
+
+
+def _made_by_dequantize(value: ir.Value) -> bool:
+    producer = value.producer()
+    return producer is not None and producer.op_type == "DequantizeLinear"
 
 
 def simulate_kernels(graph: fx.GraphModule) -> fx.GraphModule:
