@@ -9,12 +9,15 @@ parser and graph compiler with TensorRT 11), these forms shape this file:
   two, and the float weight exists in scratch memory. So per-channel int4 is written in blocks that repeat its scale;
 - blocks must divide K; a tensor of int4 must have an even number of elements;
 - DequantizeLinear(table, axis 0) -> Gather is one fused kernel: the table is never float;
+- a matmul whose result is cut into pieces (q, k and v of an attention) becomes a float one of a float weight in pieces,
+  unless an operator that moves no values stands before the cut: a Max with the lowest number, which changes nothing;
 - DequantizeLinear in front of a float convolution runs as a kernel of its own at every inference: the weight is packed
   in the engine and float in scratch memory.
 """
 
 import math
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
@@ -23,6 +26,9 @@ from exporter.backends.to_onnx import Array, Builder, Dialect, Node, packed_int4
 
 CHANNEL_BLOCKS = (128, 64, 32, 16)
 """Blocks tried, in order, for an int4 weight with one scale per channel."""
+
+MOVES = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze"})
+CUTS = frozenset({"Split", "Slice"})
 
 SMALLEST_SPLIT = 16
 """Groups that do not divide a row are split into smaller ones of one scale down to this width, else the row is padded:
@@ -45,7 +51,12 @@ class TensorRTDialect(Dialect):
         weight = self._matrix(b, node.string("name"), codes, scale, bits, group_size, inputs_axis=0)
         y = b.op("MatMul", node.value(0), weight)
         bias = node.array(4)
-        return y if bias is None else b.op("Add", y, b.constant("bias", bias))
+        if bias is not None:
+            y = b.op("Add", y, b.constant("bias", bias))
+        if node.next_ops(MOVES) & CUTS:
+            lowest = ml_dtypes.finfo(scale.dtype).min  # type: ignore[no-untyped-call]  # as numpy's, and knows bfloat16
+            y = b.op("Max", y, b.constant("lowest", np.array(lowest, scale.dtype)))
+        return y
 
     def conv_weight(self, b: Builder, node: Node) -> ir.Value:
         codes, scale = node.needed(0), node.needed(1)
