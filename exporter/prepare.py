@@ -12,18 +12,21 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from exporter.capture import Dynamic, export_module
+from exporter.capture import Dynamic, export_module, flatten
 from exporter.errors import InputError
 from exporter.load import Loaded
 from exporter.recipe import Recipe
 from exporter.recipe_values import InputSpec
-from exporter.sample_inputs import Wanted, example_of, wanted_of
+from exporter.sample_inputs import Wanted, example_of, index_bounds, wanted_of
 from exporter.samples import Samples, fixed_batch, from_example, gather, load_samples, split, synthetic
 from passes.calibration import Calibration
 
 SYNTHETIC_SAMPLES = 32
 SYNTHETIC_LENGTH = 16
 """Length of a free axis other than the batch, where nothing says how long it is."""
+
+IMAGE_SIZE = 224
+"""Of a Hugging Face model whose configuration does not say: what most were trained with."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +45,8 @@ def prepare(loaded: Loaded, recipe: Recipe, given: object = None) -> Prepared:
     if loaded.program is not None:
         return _prepare_program(loaded.program, recipe, given)
     assert loaded.module is not None
-    tokenizer = loaded.path if loaded.kind == "huggingface" else None
-    return _prepare_module(loaded.module, recipe, given, tokenizer)
+    folder = loaded.path if loaded.kind == "huggingface" else None
+    return _prepare_module(loaded.module, recipe, given, folder)
 
 
 def _prepare_program(program: torch.export.ExportedProgram, recipe: Recipe, given: object) -> Prepared:
@@ -57,15 +60,19 @@ def _prepare_program(program: torch.export.ExportedProgram, recipe: Recipe, give
         return Prepared(program, calibration, None, None, warnings)
     fixed = fixed_batch(wanted)
     if samples is None:
-        samples = synthetic([_spec(want) for want in wanted], fixed or SYNTHETIC_SAMPLES, recipe.seed)
+        bounds = index_bounds(flatten(program)[0])
+        samples = synthetic([_spec(want) for want in wanted], fixed or SYNTHETIC_SAMPLES, recipe.seed, bounds)
     calibration, warnings = _split(samples, fixed)
     return Prepared(program, calibration, None, samples.sha256, warnings)
 
 
-def _prepare_module(module: nn.Module, recipe: Recipe, given: object, tokenizer: Path | None) -> Prepared:
+def _prepare_module(module: nn.Module, recipe: Recipe, given: object, folder: Path | None) -> Prepared:
+    """`folder` is the Hugging Face folder the module comes from, if any."""
     specs = input_specs(module, recipe.inputs)
+    if folder is not None and not specs and recipe.calib is None and given is None:
+        specs = huggingface_inputs(module)
     wanted = [Wanted(spec.name or "", (None, *spec.shape[1:]), getattr(torch, spec.dtype)) for spec in specs] or None
-    samples = _samples(recipe, given, wanted, tokenizer)
+    samples = _samples(recipe, given, wanted, folder)
     if samples is None and not specs:
         raise InputError(
             "nothing says what the model's inputs are",
@@ -73,7 +80,7 @@ def _prepare_module(module: nn.Module, recipe: Recipe, given: object, tokenizer:
             fix="give --calib with data, or --input NAME=SHAPE",
         )
     if samples is None:
-        samples = synthetic(specs, SYNTHETIC_SAMPLES, recipe.seed)
+        samples = synthetic(specs, SYNTHETIC_SAMPLES, recipe.seed, _vocabulary(module))
     check_names(module, samples.values)
     batch = {name: value[:2] for name, value in samples.values.items()}
     if samples.count == 1:
@@ -145,6 +152,26 @@ def input_specs(module: nn.Module, given: Sequence[InputSpec]) -> list[InputSpec
             raise InputError(what, where="--input", fix="write NAME=SHAPE")
         specs.append(spec if spec.name is not None else dataclasses.replace(spec, name=names[place]))
     return specs
+
+
+def huggingface_inputs(module: nn.Module) -> list[InputSpec]:
+    """The inputs of a Hugging Face model as its configuration tells them; empty for a kind that is not known here."""
+    config, name = module.config, str(module.main_input_name)
+    if name == "input_ids":
+        length = min(SYNTHETIC_LENGTH, getattr(config, "max_position_embeddings", SYNTHETIC_LENGTH))
+        shape = (SYNTHETIC_SAMPLES, length)
+        return [InputSpec("input_ids", shape, "int64"), InputSpec("attention_mask", shape, "int64")]
+    if name == "pixel_values":
+        size = getattr(config, "image_size", IMAGE_SIZE)
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        return [InputSpec(name, (SYNTHETIC_SAMPLES, getattr(config, "num_channels", 3), height, width))]
+    return []
+
+
+def _vocabulary(module: nn.Module) -> dict[str, int]:
+    """{input_ids: size of the vocabulary} of a Hugging Face model, {} of others."""
+    size = getattr(getattr(module, "config", None), "vocab_size", None)
+    return {"input_ids": size} if isinstance(size, int) else {}
 
 
 def parameter_names(module: nn.Module) -> list[str]:

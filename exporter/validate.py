@@ -32,7 +32,7 @@ from exporter.metrics import Comparison, Figures, sqnr_db
 from exporter.report import LayerDiff, LayerSqnr
 from passes.base import Program
 from passes.calibration import Batch, cut
-from passes.graph import Layer, find_layers, get_tensor
+from passes.graph import Layer, find_layers, get_tensor, inputs_of
 from passes.ops import FAKE_QUANTIZE, FAKE_QUANTIZE_DYNAMIC
 from runtimes.base import Array, Artifact, RuntimeFault, Session
 from runtimes.eager import EagerSession
@@ -147,9 +147,8 @@ class _Recorder(fx.Interpreter):
 
 
 def _run(graph: fx.GraphModule, batch: Batch, keep: Callable[[fx.Node, tuple[Any, ...], Any], None]) -> None:
-    names = [node.name for node in graph.graph.nodes if node.op == "placeholder"]
     with torch.no_grad():
-        _Recorder(graph, keep).run(*(batch[name] for name in names))
+        _Recorder(graph, keep).run(*(batch[str(node.target)] for node in inputs_of(graph)))
 
 
 def _run_layers(
