@@ -213,8 +213,9 @@ class _Walk:
         if isinstance(probe, Tensor) and not isinstance(self.shapes.get(node), int | None):
             shape = self._shape(node)
             if (target is ATTENTION and places == [2]) or (target in PRODUCTS and places == [1]):
+                probe = _mixed(probe, shape, node)
                 self.crossed = True
-                return _mixed(probe, shape, node)
+                return probe
             if len(places) == 1 and (target is aten.mul.Tensor or (target is aten.div.Tensor and places == [0])):
                 other = _argument(node, 1 - places[0])
                 if probe.shape == shape and (other is None or self.shapes[other] == shape):
