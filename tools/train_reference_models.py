@@ -1,6 +1,6 @@
 """Train the reference networks and write their checkpoints and data files to `tests/models`.
 
-    python -m tools.train_reference_models                        # everything, about 15 minutes on 2 cores
+    python -m tools.train_reference_models                        # everything, about 15 minutes on 2 idle cores
     python -m tools.train_reference_models --models mobilenet     # some of them, and the data files
 
 The seed is fixed, and so is the number of threads, on which the order of floating-point sums depends: the same machine
