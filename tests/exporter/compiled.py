@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,9 +16,11 @@ from exporter.backends.base import Lowered
 from exporter.backends.onnx_qdq.lower import OnnxBackend
 from exporter.capture import Dynamic, capture, export_module
 from exporter.kernels import Kernel, kernel_of_layers, optimized_kernels, weight_dequantize_left
+from exporter.validate import arrays
 from passes.base import LayerRule, Pass, Pipeline, Program, TargetRules
 from passes.calibration import Batch, Calibration, run_graph
 from passes.fold_bn import FoldBatchNorm
+from runtimes.base import Session
 from runtimes.ort import OnnxRuntime
 
 KNOWN = {"fold-bn": FoldBatchNorm}
@@ -96,20 +99,27 @@ class Compiled:
 
     def outputs(self, batch: Batch) -> Outputs:
         """The first output for `batch`, everywhere."""
-        return Outputs(
-            reference=first(self.program.reference, batch),
-            graph=first(self.program.graph, batch),
-            plain=first(self.lowered.graph, batch),
-            simulated=first(self.lowered.simulated, batch),
-            unoptimized=self.run(batch, OnnxRuntime(threads=1, optimize=False)),
-            optimized=self.run(batch, OnnxRuntime(threads=1)),
-        )
+        return next(iter(self.all_outputs(batch).values()))
+
+    def all_outputs(self, batch: Batch) -> dict[str, Outputs]:
+        """{output: its value everywhere} for `batch`."""
+        graphs = (self.program.reference, self.program.graph, self.lowered.graph, self.lowered.simulated)
+        everywhere = [run_graph(graph, [batch])[0] for graph in graphs]
+        for optimize in (False, True):
+            found = self.session(OnnxRuntime(threads=1, optimize=optimize)).run(arrays(batch))
+            everywhere.append(tuple(torch.from_numpy(found[name]) for name in self.lowered.artifact.outputs))
+        return {
+            name: Outputs(*values)
+            for name, values in zip(self.lowered.artifact.outputs, zip(*everywhere, strict=True), strict=True)
+        }
 
     def run(self, batch: Batch, runtime: OnnxRuntime) -> Tensor:
         """The first output of the file in `runtime`."""
-        session = runtime.load(self.lowered.artifact)
-        found = session.run({name: value.numpy() for name, value in batch.items()})
-        return torch.from_numpy(found[self.lowered.artifact.outputs[0]])
+        return torch.from_numpy(self.session(runtime).run(arrays(batch))[self.lowered.artifact.outputs[0]])
+
+    def session(self, runtime: OnnxRuntime) -> Session:
+        """The file, loaded."""
+        return runtime.load(self.lowered.artifact)
 
 
 def compiled(program: Program, folder: Path) -> Compiled:
@@ -128,6 +138,11 @@ def sqnr(reference: Tensor, value: Tensor) -> float:
     """Signal to quantization noise in dB; infinite when the two are equal."""
     noise = (reference.double() - value.double()).square().sum().item()
     return math.inf if noise == 0 else 10 * math.log10(reference.double().square().sum().item() / noise)
+
+
+def typical_sqnr(reference: Tensor, value: Tensor) -> float:
+    """The median over samples (axis 0), which one value on the other side of a rounding boundary does not change."""
+    return statistics.median(sqnr(*pair) for pair in zip(reference, value, strict=True))
 
 
 def initializers(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:

