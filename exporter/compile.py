@@ -169,7 +169,7 @@ def _compile(loaded: Loaded, recipe: Recipe, folder: Path, progress: Progress, g
             "held_out": _count(prepared.calibration.holdout),
             "sha256": prepared.sha256,
         },
-        warnings=(*prepared.warnings, *report.warnings, *incomplete),
+        warnings=(*prepared.warnings, *shared_rules(backends), *report.warnings, *incomplete),
         passes=tuple(_record(record) for record in records),
         sizes=Sizes(float_bytes(program.reference), file_sizes(folder)),
     )
@@ -186,6 +186,12 @@ def rules_for(backends: list[Backend]) -> TargetRules:
     for backend in backends[1:]:
         rules = rules.strictest(backend.rules)
     return rules
+
+
+def shared_rules(backends: list[Backend]) -> list[str]:
+    """The remark that one program for several targets has none of their liberties."""
+    names = " and ".join(backend.name for backend in backends)
+    return [f"one program for {names}, made under the strictest of their rules"] if len(backends) > 1 else []
 
 
 def _folder_of(backend: Backend, folder: Path) -> Path:

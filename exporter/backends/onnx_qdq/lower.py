@@ -68,7 +68,10 @@ def quantize_before_activation(graph: fx.GraphModule) -> None:
         value = activation.args[0]
         conv = value.args[0] if value.target is MARK else value
         if conv.target in CONVS and conv.args[1].target is CONV_WEIGHT:
-            activation.update_arg(0, call_before(graph, activation, FAKE_QUANTIZE, (value, *node.args[1:])))
+            with graph.graph.inserting_before(activation):
+                grid = tuple(graph.graph.get_attr(argument.target) for argument in node.args[1:3])
+            args = (value, *grid, *node.args[3:])
+            activation.update_arg(0, call_before(graph, activation, FAKE_QUANTIZE, args))
     tidy(graph)
 
 
