@@ -23,13 +23,24 @@ from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from passes.affine_grid import fit_grid
 from passes.base import ChannelStatistics, Pass, PassError, PassResult, Program, Skip
 from passes.calibration import Batch, Stream
 from passes.equalize_pairs import observe_shapes
-from passes.graph import Layer, add_tensor, bias_of, get_tensor, set_argument, set_bias, set_weight, weight_of
+from passes.graph import (
+    Layer,
+    add_tensor,
+    aten,
+    bias_of,
+    call_before,
+    get_tensor,
+    set_argument,
+    set_bias,
+    set_weight,
+    weight_of,
+)
 from passes.ops import fake_quantize
 from passes.ranges import Method, Observer, choose_range
 from passes.smooth_groups import Group, Norm, Reader, find_groups
@@ -43,6 +54,9 @@ FINE = 0.05
 
 ROWS = 1024
 """How many input rows of a layer the search looks at, evenly spread over the calibration data."""
+
+WORTH = 0.9
+"""A group with a residual is scaled when its error falls below this part: a multiplication at run time is its price."""
 
 DEAD = 2.0**-20
 """A channel below this part of the largest is dead: scaling it up would only lift noise."""
@@ -61,6 +75,7 @@ class Smooth(Pass):
     bits        bits of the weights that the search is for
     group_size  of these weights: k: groups of k inputs; -1: per output channel; 0: per tensor
     symmetric   these weights have no zero points
+    residual    scale a normalization whose output is also a residual (BERT) and multiply that by the scale again
     """
 
     alpha: str = SEARCH
@@ -69,6 +84,7 @@ class Smooth(Pass):
     bits: int = 8
     group_size: int = -1
     symmetric: bool = True
+    residual: bool = True
 
     name: ClassVar[str] = "smooth"
     summary: ClassVar[str] = "move outliers between activations and weights, strength by output error"
@@ -91,7 +107,7 @@ class Smooth(Pass):
     def run(self, program: Program) -> PassResult:
         """Find the groups, choose every group's scales on the float network, then write each weight once."""
         graph = program.graph
-        groups, skipped = find_groups(graph, observe_shapes(graph, _few_samples(program)))
+        groups, skipped = find_groups(graph, observe_shapes(graph, _few_samples(program)), restore=self.residual)
         scales: list[tuple[Group, Tensor]] = []
         gains = []
         for done, (group, inputs) in enumerate(_walk(program, groups), start=1):
@@ -102,12 +118,14 @@ class Smooth(Pass):
                 for reader, seen in zip(group.readers, inputs, strict=True)
                 if not program.is_skipped(reader.layer.name)
             ]
-            if layers:
-                found = self.choose(layers, group.free, program.rules.symmetric_activations)
+            found = self.choose(layers, group.free, program.rules.symmetric_activations) if layers else None
+            if found is None:
+                skipped.append(Skip(group.source.name, "the layers that read it are left in float by the recipe"))
+            elif group.restored and found.error > WORTH * found.before:
+                skipped.append(Skip(group.source.name, f"{group.why}, and the error would hardly fall"))
+            else:
                 scales.append((group, found.scale))
                 gains.append(found)
-            else:
-                skipped.append(Skip(group.source.name, "the layers that read it are left in float by the recipe"))
             program.on_step(group.name, done, len(groups))
         _write(program, scales)
         return PassResult(tuple(group.name for group, _ in scales), tuple(skipped), _figures(gains))
@@ -282,6 +300,8 @@ def _write(program: Program, scales: Sequence[tuple[Group, Tensor]]) -> None:
         columns |= {reader.layer: scale[reader.channel.long()].double() for reader in group.readers}
         if isinstance(group.source, Norm):
             _scale_norm(program, group.source, scale.double())
+            if group.restored:
+                _restore(program, group, group.source.node, scale)
         else:
             rows[group.source] = scale.double()
     for layer in {**rows, **columns}:
@@ -297,6 +317,16 @@ def _scale_norm(program: Program, norm: Norm, scale: Tensor) -> None:
         bias = get_tensor(graph, norm.bias)
         node = add_tensor(graph, f"{norm.name}.bias", (bias.double() / scale).to(bias.dtype), norm.node)
         set_argument(norm.node, norm.bias_arg, node)
+
+
+def _restore(program: Program, group: Group, value: fx.Node, scale: Tensor) -> None:
+    """Give the readers that are no layers the value times the scale."""
+    graph, following = program.graph, value.next
+    constant = add_tensor(graph, f"{group.source.name}.scale", scale.to(value.meta["val"].dtype), following)
+    product = call_before(graph, following, aten.mul.Tensor, (value, constant))
+    product.meta["val"] = value.meta["val"]
+    for reader in group.restored:
+        reader.replace_input_with(value, product)
 
 
 def _scale_layer(program: Program, layer: Layer, rows: Tensor | None, columns: Tensor | None) -> None:

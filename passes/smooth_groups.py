@@ -9,8 +9,9 @@ readers that carry it multiplied by s_c, because all operators in between are li
 
 Channels are followed by running the operators on a *probe*: a tensor of the value's shape that holds, at each place,
 the index of the source's channel found there. So heads, their repetition for grouped queries and a fused q, k, v need
-no rule of their own; channels that something else reads (the residual stream, an activation, q k^T) keep s = 1, and a
-source all of whose channels are so read is reported with the first reason.
+no rule of their own; channels that something else reads (an activation, q k^T) keep s = 1, and a source all of whose
+channels are so read is reported with the first reason. A normalization whose value also goes on as the residual (BERT's
+order) can be scaled all the same when these other readers get the value times s: one multiplication, `restored`.
 """
 
 import dataclasses
@@ -73,11 +74,17 @@ class Reader:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """A source, its readers, and which of its channels [channels] may be scaled."""
+    """A source, its readers, and which of its channels [channels] may be scaled.
+
+    restored  nodes that read the source and must get its value as it was
+    why       what the first of these does with it
+    """
 
     source: Norm | Layer
     readers: tuple[Reader, ...]
     free: Tensor
+    restored: tuple[fx.Node, ...] = ()
+    why: str = ""
 
     @property
     def name(self) -> str:
@@ -85,8 +92,10 @@ class Group:
         return f"{self.source.name} -> {', '.join(reader.layer.name for reader in self.readers)}"
 
 
-def find_groups(graph: fx.GraphModule, shapes: Shapes) -> tuple[list[Group], list[Skip]]:
+def find_groups(graph: fx.GraphModule, shapes: Shapes, *, restore: bool) -> tuple[list[Group], list[Skip]]:
     """All groups in the graph's order, each reader in one; and for every other candidate why it is none.
+
+    `restore` allows groups with `restored` readers.
 
     Candidates are the normalizations, and the linear layers that reach a product with another branch.
     """
@@ -101,7 +110,7 @@ def find_groups(graph: fx.GraphModule, shapes: Shapes) -> tuple[list[Group], lis
         if isinstance(source, Layer) and not walk.crossed:
             continue
         try:
-            group = walk.group()
+            group = walk.group_with_residual() if restore and isinstance(source, Norm) else walk.group()
             for reader in group.readers:
                 if reader.layer.node in taken:
                     raise BlockedError(f"{reader.layer.name} is smoothed with {taken[reader.layer.node]}")
@@ -144,7 +153,13 @@ def _is_normalized(node: fx.Node | None) -> bool:
 class _Walk:
     """Everything that reads a source's channels, found in the graph's order."""
 
-    def __init__(self, source: Norm | Layer, layers: dict[fx.Node, Layer], shapes: Shapes) -> None:
+    def __init__(
+        self,
+        source: Norm | Layer,
+        layers: dict[fx.Node, Layer],
+        shapes: Shapes,
+        users: Iterable[fx.Node] | None = None,
+    ) -> None:
         self.source, self.layers, self.shapes = source, layers, shapes
         self.crossed = False
         self.readers: list[Reader] = []
@@ -152,7 +167,7 @@ class _Walk:
         shape = self._shape(source.node)
         self.free = torch.ones(shape[-1], dtype=torch.bool)
         self.probes: dict[fx.Node, Probe] = {source.node: torch.arange(shape[-1], dtype=torch.int32).expand(shape)}
-        waiting = dict.fromkeys(source.node.users)
+        waiting = dict.fromkeys(source.node.users if users is None else users)
         while waiting:
             node = min(waiting)
             del waiting[node]
@@ -171,6 +186,19 @@ class _Walk:
         if not bool(free.any()):
             raise BlockedError(self.reasons[0] if self.reasons else "no linear layer reads it")
         return Group(self.source, tuple(self.readers), free)
+
+    def group_with_residual(self) -> Group:
+        """The group; readers that block its channels are to be restored. Raises BlockedError as `group`."""
+        users = [user for user in self.source.node.users if user.target not in NO_DATA]
+        passing = [user for user in users if not self._from([user]).reasons]
+        together = self._from(passing)
+        if together.reasons or not self.reasons:
+            return self.group()
+        restored = tuple(user for user in users if user not in passing)
+        return dataclasses.replace(together.group(), restored=restored, why=self.reasons[0])
+
+    def _from(self, users: Iterable[fx.Node]) -> "_Walk":
+        return _Walk(self.source, self.layers, self.shapes, users)
 
     def _passes(self, node: fx.Node) -> bool:
         """True when the channels are found again in the value of `node`; else it is noted what becomes of them."""
