@@ -2,7 +2,8 @@
 
 Layers are taken in the graph's order. The calibration batches run through the graph as it is then: whatever stands in
 front of a layer is quantized already, weights and activations, so a layer is fitted to the inputs it will really see.
-Only one layer's inputs and second moments are held at a time; layers that read the same value share them.
+Only one layer's inputs and second moments are held at a time; layers that read the same value share them. Where a pass
+asks for the float network's inputs too, a second stream runs the float twin beside the graph.
 
 A layer's weight argument becomes
 
@@ -17,9 +18,10 @@ import torch
 from torch import Tensor, fx
 
 from passes.affine_grid import ScaleSearch, fit_grid
+from passes.asymmetric import cross_of
 from passes.base import Pass, PassError, PassResult, Program, Skip
 from passes.calibration import Stream
-from passes.graph import Layer, add_tensor, aten, call_before, outputs_of, set_argument, slot, weight_of
+from passes.graph import Layer, add_tensor, aten, call_before, find_layers, outputs_of, set_argument, slot, weight_of
 from passes.layer_inputs import hessian_of
 from passes.ops import DEQUANTIZE, FAKE_QUANTIZE, FAKE_QUANTIZE_DYNAMIC
 from passes.weights import AffineWeight
@@ -90,6 +92,10 @@ class WeightPass(Pass):
     def quantize(self, matrix: Tensor, hessian: Tensor | None) -> AffineWeight:
         """Quantize `matrix` [out, in]; `hessian` [groups, in, in] is there when `needs_hessian` says so."""
 
+    def quantize_layer(self, matrix: Tensor, layer: Layer, walk: "Walk") -> AffineWeight:
+        """Quantize a layer's matrix [out, in]; passes that want more of its inputs than a Hessian ask the walk."""
+        return self.quantize(matrix, walk.hessian(layer) if self.needs_hessian else None)
+
     def requires(self, program: Program) -> None:
         """The target must be able to run the options, and there must be data if the pass looks at any."""
         rules = program.rules
@@ -113,7 +119,7 @@ class WeightPass(Pass):
     def run(self, program: Program) -> PassResult:
         """Quantize every layer that can be, in the graph's order."""
         changed, skipped = [], []
-        walk = _Walk(program)
+        walk = Walk(program)
         stored_bits = weights = 0.0
         for layer in program.layers():
             try:
@@ -126,7 +132,7 @@ class WeightPass(Pass):
                 if layer.kind == "embedding":
                     quantized = options._quantize_table(matrix)
                 else:
-                    quantized = options.quantize(matrix, walk.hessian(layer) if self.needs_hessian else None)
+                    quantized = options.quantize_layer(matrix, layer, walk)
             except PassError as error:
                 raise PassError(error.what, node=layer.name, fix=error.fix) from error
             replace_weight(program.graph, layer, quantized)
@@ -175,24 +181,46 @@ class WeightPass(Pass):
         return fit_grid(table, self.embeddings, -1, self.symmetric, self.scale_search).round(table)
 
 
-class _Walk:
-    """Second moments of layers' inputs as the graph is when their turn comes."""
+class Walk:
+    """Moments of layers' inputs as the graph is when their turn comes."""
 
     def __init__(self, program: Program) -> None:
         self._stream = Stream(program.graph, program.calibration.batches)
-        self._held: tuple[object, Tensor] | None = None
+        self._floats: Stream | None = None
+        self._twins: dict[str, Layer] = {}
+        if program.float_twin is not None:
+            self._floats = Stream(program.float_twin, program.calibration.batches)
+            self._twins = {layer.name: layer for layer in find_layers(program.float_twin)}
+        self._reads: list[object] = []
+        self._hessian: Tensor | None = None
+        self._cross: Tensor | None = None
 
     def hessian(self, layer: Layer) -> Tensor:
-        """X^T X / n of the layer's input, [groups, in, in]."""
+        """Xq^T Xq / n of the layer's input, [groups, in, in]."""
+        self._turn_to(layer)
+        if self._hessian is None:
+            self._hessian = hessian_of(layer, self._stream.values(layer.input))
+        return self._hessian
+
+    def cross(self, layer: Layer) -> Tensor:
+        """X^T Xq / n, [groups, in, in], X being the layer's input in the float twin, which there must be."""
+        self._turn_to(layer)
+        if self._cross is None:
+            assert self._floats is not None  # the pipeline made a twin in front of the first pass that quantizes
+            twin = self._twins[layer.name]
+            self._floats.advance(twin.node)
+            floats, inputs = self._floats.values(twin.input), self._stream.values(layer.input)
+            self._cross = cross_of(layer, floats, inputs)
+        return self._cross
+
+    def _turn_to(self, layer: Layer) -> None:
         # What the rows depend on: the value, and for a convolution the kernel and how it moves.
         reads: list[object] = [layer.input, layer.kind]
         if layer.kind != "linear":
             reads += [layer.weight.meta["val"].shape[2:], layer.groups, layer.node.args[3:]]
-        if self._held is None or self._held[0] != reads:
-            self._held = None  # so that two layers' moments are never held
+        if self._reads != reads:
+            self._reads, self._hessian, self._cross = reads, None, None  # two layers' moments are never held
             self._stream.advance(layer.node)
-            self._held = reads, hessian_of(layer, self._stream.values(layer.input))
-        return self._held[1]
 
 
 def replace_weight(graph: fx.GraphModule, layer: Layer, weight: AffineWeight) -> None:

@@ -7,16 +7,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from passes import gptq
+from passes import PASSES, gptq, rtn
 from passes.act_quant import ActQuant
-from passes.base import LayerRule, PassError, Pipeline
+from passes.asymmetric import cross_of
+from passes.base import LayerRule, Pass, PassError, PassRecord, Pipeline, Program
 from passes.fold_bn import FoldBatchNorm
-from passes.gptaq import GPTAQ
+from passes.gptaq import GPTAQ, quantize_weight
 from passes.gptq import GPTQ
 from passes.graph import find_layers
 from passes.layer_inputs import hessian_of
 from passes.ops import DEQUANTIZE, FAKE_QUANTIZE, FAKE_QUANTIZE_DYNAMIC, fake_quantize_dynamic
+from passes.rtn import RTN
+from passes.weights import AffineWeight
 from tests.passes.nets import RULES, FeedForward, InvertedResidual, count, outputs, program_of, reasons, seeded
+from tools.bench.problem import layer_problem
 
 
 class Chain(nn.Module):
@@ -31,19 +35,57 @@ class Chain(nn.Module):
         return self.second(F.relu(self.first(x)))
 
 
-def test_weights_are_fitted_to_rounded_inputs() -> None:
+def run(program: Program, *works: Pass) -> list[PassRecord]:
+    """The passes through the pipeline, which makes the float twin."""
+    return Pipeline(works, PASSES).run(program)
+
+
+@pytest.mark.parametrize("asymmetric", [False, True])
+def test_weights_are_fitted_to_rounded_inputs(asymmetric: bool) -> None:
     module = seeded(Chain)
     program = program_of(module, {"x": torch.zeros(40, 8)})
-    options = GPTAQ(bits=8, act_bits=4, activations="token")
-    options.run(program)
-    batches = [fake_quantize_dynamic(batch["x"], 4, -1) for batch in program.calibration.batches]
+    options = GPTAQ(bits=8, act_bits=4, activations="token", asymmetric=asymmetric)
+    run(program, options)
     layers = {layer.name: layer for layer in find_layers(program.reference)}
-    first = gptq.quantize_weight(module.first.weight.detach(), hessian_of(layers["first"], batches), options)
+
+    def expected(name: str, floats: list[Tensor], rounded: list[Tensor]) -> AffineWeight:
+        weight, hessian = module.get_submodule(name).weight.detach(), hessian_of(layers[name], rounded)
+        cross = cross_of(layers[name], floats, rounded)
+        return quantize_weight(weight, hessian, options, cross=cross if asymmetric else None)
+
+    inputs = [batch["x"] for batch in program.calibration.batches]
+    rounded = [fake_quantize_dynamic(x, 4, -1) for x in inputs]
+    first = expected("first", inputs, rounded)
     assert torch.equal(program.graph.get_buffer("first.weight_codes"), first.codes)
-    hidden = [F.relu(F.linear(x, first.dequantize(), module.first.bias.detach())) for x in batches]
-    hidden = [fake_quantize_dynamic(x, 4, -1) for x in hidden]
-    second = gptq.quantize_weight(module.second.weight.detach(), hessian_of(layers["second"], hidden), options)
+    # What the float network feeds the second layer, and what the quantized one does.
+    floats = [F.relu(module.first(x)).detach() for x in inputs]
+    hidden = [F.relu(F.linear(x, first.dequantize(), module.first.bias.detach())) for x in rounded]
+    second = expected("second", floats, [fake_quantize_dynamic(x, 4, -1) for x in hidden])
     assert torch.equal(program.graph.get_buffer("second.weight_codes"), second.codes)
+
+
+def test_without_a_cross_term_it_is_gptq() -> None:
+    problem = layer_problem(64)
+    for options in (GPTAQ(bits=4), GPTAQ(bits=4, alpha=0.0), GPTAQ(bits=4, asymmetric=False)):
+        cross = None if options.asymmetric and options.alpha else 2 * problem.hessian
+        ours = quantize_weight(problem.weight, problem.hessian, options, cross=cross)
+        assert torch.equal(ours.codes, gptq.quantize_weight(problem.weight, problem.hessian, options).codes)
+
+
+def test_asymmetric_calibration_lowers_the_error_behind_a_quantized_layer() -> None:
+    problem, front = layer_problem(64), layer_problem(64, seed=1)
+    quantized = rtn.quantize_weight(front.weight, RTN(bits=4)).dequantize()
+    floats, inputs = (F.relu(front.inputs @ weight.T) for weight in (front.weight, quantized))
+    hessian, cross = inputs.T @ inputs / len(inputs), floats.T @ inputs / len(inputs)
+    wanted = floats @ problem.weight.T
+
+    def error(alpha: float) -> float:
+        options = GPTAQ(bits=4, group_size=32, alpha=alpha)
+        weight = quantize_weight(problem.weight, hessian, options, cross=cross).dequantize()
+        return float((wanted - inputs @ weight.T).square().sum() / wanted.square().sum())
+
+    # Falling in alpha: exact for the unrounded weight, up to the ridge; rounding adds the same to each.
+    assert error(1.0) < error(0.5) < error(0.0)
 
 
 @pytest.mark.parametrize(("activations", "target"), [("static", FAKE_QUANTIZE), ("token", FAKE_QUANTIZE_DYNAMIC)])
@@ -51,14 +93,12 @@ def test_weights_are_fitted_to_rounded_inputs() -> None:
 def test_same_as_its_two_passes_in_turn(activations: str, target: object, act_bits: int) -> None:
     inputs = {"x": torch.zeros(4, 5, 12)}
     together, apart, given = (program_of(seeded(FeedForward), inputs) for _ in range(3))
-    GPTAQ(act_bits=act_bits, activations=activations).run(together)
-    ActQuant(bits=act_bits, mode=activations).run(apart)
-    GPTQ(bits=8, group_size=-1).run(apart)
+    run(together, GPTAQ(act_bits=act_bits, activations=activations, asymmetric=False))
+    run(apart, ActQuant(bits=act_bits, mode=activations), GPTQ(bits=8, group_size=-1))
     assert torch.equal(outputs(together.graph, together), outputs(apart.graph, apart))
     assert count(together.graph, target) == count(apart.graph, target) == 2
     # With quantized activations in the graph it leaves them as they are.
-    ActQuant(bits=act_bits, mode=activations).run(given)
-    GPTAQ(act_bits=8, activations="static").run(given)
+    run(given, ActQuant(bits=act_bits, mode=activations), GPTAQ(act_bits=8, activations="static", asymmetric=False))
     assert torch.equal(outputs(given.graph, given), outputs(apart.graph, apart))
 
 
@@ -66,6 +106,7 @@ def test_defaults_are_eight_bits_per_channel_and_static() -> None:
     options = GPTAQ()
     assert (options.bits, options.act_bits, options.group_size, options.activations) == (8, 8, -1, "static")
     assert options.symmetric
+    assert options.asymmetric
     program = program_of(seeded(InvertedResidual), {"x": torch.zeros(16, 3, 8, 8)})
     records = Pipeline([options], {"fold-bn": FoldBatchNorm}).run(program)
     assert [(record.name, record.inserted) for record in records] == [("fold-bn", True), ("gptaq", False)]
@@ -80,7 +121,7 @@ def test_defaults_are_eight_bits_per_channel_and_static() -> None:
 def test_layers_left_in_float_are_named_once() -> None:
     rules = (LayerRule("fc1", skip=True),)
     program = program_of(seeded(FeedForward), {"x": torch.zeros(4, 5, 12)}, layer_rules=rules)
-    result = GPTAQ().run(program)
+    result = run(program, GPTAQ())[-1].result
     assert reasons(result) == {"fc1": "left in float by the recipe"}
     assert len(result.skipped) == 1
 
@@ -88,6 +129,10 @@ def test_layers_left_in_float_are_named_once() -> None:
 def test_what_cannot_be_asked() -> None:
     with pytest.raises(PassError, match="gptaq: activations=dynamic is no kind"):
         GPTAQ(activations="dynamic")
+    with pytest.raises(PassError, match=r"alpha=1.5 is not between 0 and 1"):
+        GPTAQ(alpha=1.5)
+    with pytest.raises(PassError, match=r"ridge=-1.0 is negative"):
+        GPTAQ(ridge=-1.0)
     program = program_of(seeded(FeedForward), {"x": torch.zeros(4, 5, 12)})
     with pytest.raises(PassError, match="3-bit activations"):
         GPTAQ(act_bits=3).requires(program)
