@@ -11,12 +11,14 @@ histogram, is smallest (mse).
 import dataclasses
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 Method = Literal["minmax", "percentile", "mse"]
 
 BINS = 2048
+EQUAL = 1e-9  # shares closer than this are one: they are sums of counts
 SHRINKS = torch.linspace(1.0, 0.3, 71)  # candidate shares of the observed range; the first is the whole
 
 
@@ -57,14 +59,16 @@ def choose_range(seen: Observer, bits: int, symmetric: bool, method: Method, per
     counts = seen.counts
     if method == "minmax" or counts is None or high == low:
         return as_range(low, high, bits, symmetric)
-    centers = seen.low + (torch.arange(BINS, dtype=torch.float64) + 0.5) * ((seen.high - seen.low) / BINS)
+    width = (seen.high - seen.low) / BINS
     if method == "percentile":
-        share = counts.cumsum(0) / counts.sum()
-        tail = (1 - percentile / 100) / (2 if seen.low < 0 < seen.high else 1)
-        kept = centers[(share >= tail) & (share <= 1 - tail)] if seen.low < 0 else centers[share <= 1 - tail]
-        if kept.numel():
-            low, high = min(kept.min().item(), 0.0), max(kept.max().item(), 0.0)
+        cut = (1 - percentile / 100) / (2 if seen.low < 0 < seen.high else 1)
+        share = (counts.cumsum(0) / counts.sum()).numpy()
+        if low < 0:
+            low = min(seen.low + width * int(np.searchsorted(share, cut + EQUAL)), 0.0)
+        if high > 0:
+            high = max(seen.low + width * (int(np.searchsorted(share, 1 - cut - EQUAL)) + 1), 0.0)
         return as_range(low, high, bits, symmetric)
+    centers = seen.low + (torch.arange(BINS, dtype=torch.float64) + 0.5) * width
     candidates = [as_range(low * f, high * f, bits, symmetric) for f in SHRINKS.tolist()]
     if not symmetric and low < 0 < high:
         # The two ends are searched one after the other: a heavy tail on one side should not cost the other.
