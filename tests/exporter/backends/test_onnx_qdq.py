@@ -22,7 +22,6 @@ from runtimes.ort import OnnxRuntime
 from tests.exporter.compiled import (
     INTEGER_KERNELS,
     Compiled,
-    array,
     compiled,
     first,
     initializers,
@@ -347,38 +346,49 @@ def test_gpt2_layers(tmp_path: Path) -> None:
 # ---- convolutions --------------------------------------------------------------------------------------------------
 
 
+def variants(
+    folder: Path, net: Callable[[], nn.Module], options: Mapping[str, Options], *passes: Pass
+) -> dict[str, dict[str, tuple[str, str | None]]]:
+    """One net under several options of RTN at once: {variant: {layer: (format, kernel)}}, values checked."""
+    shape = SIGNALS if net is Signal else IMAGES
+    rules = [LayerRule(f"nets.{name}.*", options=named) for name, named in options.items()]
+    module = seeded(lambda: Branches({name: net() for name in options}))
+    program = program_of(module, draw(shape, 0), draw(shape, 1), layer_rules=rules)
+    result = compiled(quantized(program, *passes, RTN()), folder)
+    check(result, shape, optimized=STEP if passes else SAME)
+    kernels = result.kernel_of
+    found: dict[str, dict[str, tuple[str, str | None]]] = {name: {} for name in options}
+    for layer in result.lowered.layers:
+        _, name, path = layer.name.split(".")
+        found[name][path] = (layer.format, kernels[layer.name])
+    return found
+
+
 @pytest.mark.parametrize("net", [Maps, Signal], ids=["2d", "1d"])
-@pytest.mark.parametrize(
-    "weights",
-    [RTN(), RTN(symmetric=False), RTN(group_size=0), RTN(bits=4), GPTQ(bits=8, group_size=-1)],
-    ids=["int8", "uint8", "per-tensor", "w4", "gptq"],
-)
-def test_convolutions_run_on_integers(net: Callable[[], nn.Module], weights: Pass, tmp_path: Path) -> None:
-    shape = IMAGES if net is Maps else SIGNALS
-    result = build(tmp_path, net, shape, ActQuant(), weights)
-    kernels = dict(result.kernel_of)
-    assert kernels.pop("head") == INTEGER
-    assert set(kernels.values()) == {"QLinearConv"}
-    assert {layer.format for layer in result.lowered.layers} == {"int8"}
-    check(result, shape)
+def test_convolutions_run_on_integers(net: Callable[[], nn.Module], tmp_path: Path) -> None:
+    options: dict[str, Options] = {
+        "w8": {},
+        "u8": {"symmetric": False},
+        "tensor": {"group_size": 0},
+        "w4": {"bits": 4},
+        "u4": {"bits": 4, "symmetric": False},
+    }
+    for name, layers in variants(tmp_path, net, options, ActQuant()).items():
+        assert layers.pop("head") == ("int8", INTEGER), name
+        assert len(layers) >= 2
+        assert set(layers.values()) == {("int8", "QLinearConv")}, name
 
 
 @pytest.mark.parametrize("net", [Maps, Signal, Up], ids=["2d", "1d", "transposed"])
-@pytest.mark.parametrize(
-    "weights",
-    [RTN(bits=4), RTN(bits=4, group_size=8, symmetric=False), RTN()],
-    ids=["w4", "w4 g8 asymmetric", "w8"],
-)
-def test_weight_only_convolutions_are_decoded_at_load(
-    net: Callable[[], nn.Module], weights: Pass, tmp_path: Path
-) -> None:
-    shape = SIGNALS if net is Signal else IMAGES
-    result = build(tmp_path, net, shape, weights)
-    formats = {layer.name: layer.format for layer in result.lowered.layers if layer.name not in ("head", "last")}
-    kind = str(array(initializers(result.model)[f"{next(iter(formats))}.weight_codes"]).dtype)
-    assert set(formats.values()) == {f"{kind} folded at load"}
-    assert kind == ("int8" if weights == RTN() else "int4" if weights == RTN(bits=4) else "uint4")
-    check(result, shape, optimized=SAME)
+def test_weight_only_convolutions_are_decoded_at_load(net: Callable[[], nn.Module], tmp_path: Path) -> None:
+    options: dict[str, Options] = {
+        "int4": {"bits": 4},
+        "uint4": {"bits": 4, "group_size": 8, "symmetric": False},
+        "int8": {},
+    }
+    for name, layers in variants(tmp_path, net, options).items():
+        layers.pop("head", None)
+        assert {stored for stored, _ in layers.values()} == {f"{name} folded at load"}
 
 
 def test_a_transposed_convolution_between_integers_stays_float(tmp_path: Path) -> None:
@@ -401,9 +411,11 @@ def test_a_layer_left_in_float_is_not_quantized_by_onnxruntime(tmp_path: Path) -
 # ---- embeddings ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "apart"])
-@pytest.mark.parametrize("symmetric", [True, False], ids=["int", "uint"])
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    ("bits", "symmetric", "tied"),
+    [(4, True, True), (4, False, False), (8, True, False), (8, False, True)],
+    ids=["int4-tied", "uint4", "int8", "uint8-tied"],
+)
 def test_embeddings_stay_packed(bits: int, symmetric: bool, tied: bool, tmp_path: Path) -> None:
     result = build(tmp_path, lambda: Words(tied), (4, 9), RTN(embeddings=bits, symmetric=symmetric))
     layers = {layer.name: layer for layer in result.lowered.layers}
