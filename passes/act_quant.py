@@ -11,6 +11,7 @@ Dynamic ("token"): every linear layer's input is quantized row by row with the r
 """
 
 import dataclasses
+import math
 from typing import ClassVar, Literal
 
 import torch
@@ -73,13 +74,15 @@ class ActQuant(Pass):
     prerequisites: ClassVar[tuple[str, ...]] = ("fold-bn",)
 
     def requires(self, program: Program) -> None:
-        """The width must be 4 or 8 and the target must know per-token ranges if they are asked for."""
+        """The width must be 4 or 8, the target must know per-token ranges if asked for, static ones need data."""
         if self.bits not in (4, 8):
             raise PassError(f"act-quant has no {self.bits}-bit activations", fix="use bits=8 or bits=4")
         if self.mode == "token" and not program.rules.dynamic_activations:
             raise PassError(
                 f"target {program.rules.name} has no per-token activations", fix="use act-quant:mode=static"
             )
+        if self.mode == "static" and not program.calibration.batches:
+            raise PassError("act-quant needs calibration data", fix="give --calib, or use act-quant:mode=token")
 
     def run(self, program: Program) -> PassResult:
         """Insert the nodes."""
@@ -130,7 +133,7 @@ class ActQuant(Pass):
 
         watch_values(program.graph, program.calibration.batches, see)
         for node, observer in seen.items():
-            if not (observer.low > float("-inf") and observer.high < float("inf")):
+            if not (math.isfinite(observer.low) and math.isfinite(observer.high)):
                 raise PassError("its values on the calibration data are not finite", node=node.name)
         if self.method != "minmax":
             watch_values(program.graph, program.calibration.batches, count)

@@ -43,7 +43,9 @@ class Observer:
     def see(self, value: Tensor) -> None:
         """First visit: widen the extremes."""
         low, high = torch.aminmax(value)
-        self.low, self.high = min(self.low, low.item()), max(self.high, high.item())
+        # Not Python's min and max: those lose a NaN.
+        self.low = float(np.minimum(self.low, low.item()))
+        self.high = float(np.maximum(self.high, high.item()))
 
     def count(self, value: Tensor) -> None:
         """Second visit: count values into equal bins between the extremes."""
