@@ -77,18 +77,19 @@ class GPTQ(WeightPass):
         return quantize_weight(matrix, hessian, self)
 
 
-def quantize_weight(weight: Tensor, hessian: Tensor, options: GPTQ) -> AffineWeight:
+def quantize_weight(weight: Tensor, hessian: Tensor, options: GPTQ, grid: AffineGrid | None = None) -> AffineWeight:
     """Quantize `weight` [out, in] for inputs whose second moments are `hessian` = X^T X / n, [in, in].
 
     A grouped convolution has one Hessian for each group: [groups, in, in]; the rows of `weight` fall into as many equal
     runs. Inputs that are always zero are dead: their weights become zero, and count for nothing in the damping.
+    With `grid` the levels are given, for all of `weight`, instead of fitted; its groups are then static.
     Raises PassError when the Hessian is not finite or not positive definite even when damped.
     """
     with single_thread():
-        return _quantize(weight, hessian.float().view(-1, *hessian.shape[-2:]), options)
+        return _quantize(weight, hessian.float().view(-1, *hessian.shape[-2:]), options, grid)
 
 
-def _quantize(weight: Tensor, hessians: Tensor, options: GPTQ) -> AffineWeight:
+def _quantize(weight: Tensor, hessians: Tensor, options: GPTQ, grid: AffineGrid | None) -> AffineWeight:
     problems, columns = hessians.shape[0], hessians.shape[1]
     diagonal = hessians.diagonal(dim1=-2, dim2=-1)
     if not torch.isfinite(diagonal).all():
@@ -100,20 +101,25 @@ def _quantize(weight: Tensor, hessians: Tensor, options: GPTQ) -> AffineWeight:
     else:
         order = torch.arange(columns).expand(problems, -1)
     factor = _unit_factor(_permuted(hessians, order.flip(-1)), dead.sum(-1), options.damp)
-    one_grid = _fit(alive, options) if options.group_size == 0 else None
-    parts = [_quantize_outputs(part, factor, order, one_grid, options) for part in alive.split(OUTPUTS_AT_ONCE, dim=1)]
+    if grid is None and options.group_size == 0:
+        grid = _fit(alive, options)
+    parts = []
+    for start in range(0, alive.shape[1], OUTPUTS_AT_ONCE):
+        run = slice(start, start + OUTPUTS_AT_ONCE)
+        given = None if grid is None else _part(grid, problems, run)
+        parts.append(_quantize_outputs(alive[:, run], factor, order, given, options))
     return parts[0] if len(parts) == 1 else _joined(parts, problems)
 
 
 def _quantize_outputs(
-    weight: Tensor, factor: Tensor, order: Tensor, one_grid: AffineGrid | None, options: GPTQ
+    weight: Tensor, factor: Tensor, order: Tensor, given: AffineGrid | None, options: GPTQ
 ) -> AffineWeight:
     """Quantize some outputs of every problem, weight [problems, outputs, in]; outputs do not touch each other."""
     columns = weight.shape[2]
     rows = _Rows(_take(weight.float().mT, order))
     width = group_columns(columns, options.group_size)
-    if options.act_order or width == columns:
-        grid = one_grid or _fit(weight, options)
+    if options.act_order or width == columns or given is not None:
+        grid = given or _fit(weight, options)
         rows.set_grid(grid, order // width, 0)
         for start in range(0, columns, options.block_size):
             block = rows.corrected(factor, start, min(start + options.block_size, columns))
@@ -152,6 +158,19 @@ def _joined(parts: list[AffineWeight], problems: int) -> AffineWeight:
         scale=join([part.scale for part in parts]),
         zero_point=None if first.zero_point is None else join([_present(part.zero_point) for part in parts]),
     )
+
+
+def _part(grid: AffineGrid, problems: int, outputs: slice) -> AffineGrid:
+    """The grid of a run of outputs of each problem; one for the whole tensor stays whole."""
+    if len(grid.scale) == 1:
+        return grid
+
+    def cut(value: Tensor) -> Tensor:
+        part: Tensor = value.unflatten(0, (problems, -1))[:, outputs].flatten(0, 1)
+        return part
+
+    zero_point = None if grid.zero_point is None else cut(grid.zero_point)
+    return dataclasses.replace(grid, scale=cut(grid.scale), zero_point=zero_point)
 
 
 def _fit(weight: Tensor, options: GPTQ) -> AffineGrid:
