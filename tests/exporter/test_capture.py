@@ -1,6 +1,7 @@
 """torch.export -> flat functional graph: names, what is dropped, in-place operators, tensors of its own."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -14,7 +15,8 @@ from passes.act_quant import ActQuant
 from passes.calibration import Calibration, run_graph
 from passes.graph import get_tensor, inputs_of, set_weight, tidy, weight_of
 from passes.rtn import RTN
-from tests.exporter.compiled import first, program_of, quantized
+from runtimes.ort import OnnxRuntime
+from tests.exporter.compiled import compiled, first, program_of, quantized
 from tests.passes.nets import RULES, count, seeded
 
 aten = torch.ops.aten
@@ -300,6 +302,17 @@ IN_PLACE = [
 @pytest.mark.parametrize("body", IN_PLACE, ids=lambda body: body.__name__)
 def test_in_place_operators_become_values(body: Callable[[Tensor], Tensor]) -> None:
     same_as_eager(Body(body))
+
+
+@pytest.mark.ort
+def test_what_in_place_operators_became_can_be_lowered(tmp_path: Path) -> None:
+    module = Body(lambda x: tuple(body(x.clone()) for body in IN_PLACE))
+    result = compiled(program_of(module, {"x": sample()}), tmp_path)
+    x = torch.linspace(-2, 2, 15).view(5, 3)
+    found = result.session(OnnxRuntime(threads=1)).run({"x": x.numpy()})
+    for body, value in zip(IN_PLACE, found.values(), strict=True):
+        # Sums of 15 float32 values in another order.
+        torch.testing.assert_close(torch.from_numpy(value), body(x.clone()), rtol=1e-5, atol=1e-5)
 
 
 def test_a_write_through_a_view_that_is_read_elsewhere_is_refused() -> None:
