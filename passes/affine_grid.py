@@ -8,7 +8,10 @@ Over the weights w that share a scale (zero always inside their range, so that i
 The symmetric scale is that of the GPTQ authors (arXiv 2210.17323): it spreads all 2^b levels over [-max|w|, max|w|], so
 its step is smaller than max|w| / (2^(b-1) - 1), at the price that +max|w| is half a step outside the last level.
 
-`mse` shrinks the range by a common factor and keeps, for each scale, the factor with the least squared error.
+A search shrinks the range, which clips a few weights and brings the levels of all others closer. For each scale it
+keeps the range with the least sum of a_i (w_i - q_i)^2: first both ends are shrunk by one factor out of SHRINK_FACTORS,
+then each end (symmetric: both) by one out of NUDGES more. `mse` counts all weights alike; `hessian` takes for a_i the
+diagonal of the layer's Hessian, the error's cost at the layer's output were it the only one.
 """
 
 import dataclasses
@@ -20,9 +23,14 @@ from torch.nn import functional as F
 
 from passes.weights import AffineWeight, code_dtype, code_range, group_columns
 
-ScaleSearch = Literal["minmax", "mse"]
+ScaleSearch = Literal["minmax", "mse", "hessian"]
 
-SHRINK_FACTORS = tuple(1 - step / 50 for step in range(40))
+SHRINK_FACTORS = tuple(1 - step / 20 for step in range(16))
+NUDGES = (0.8, 0.85, 0.9, 0.95, 0.975, 1.025, 1.05, 1.1, 1.15, 1.2)
+"""On top of a shrink factor; no end goes past where it was."""
+
+WEIGHTS_AT_ONCE = 1 << 17
+"""Weights searched together, at least one row's: keeps what a search looks at time and again in the cache."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,55 +70,79 @@ class AffineGrid:
         return AffineWeight(stored, self.scale, self.zero_point, self.bits, self.group_size)
 
 
-def fit_grid(weight: Tensor, bits: int, group_size: int, symmetric: bool, search: ScaleSearch = "minmax") -> AffineGrid:
+def fit_grid(
+    weight: Tensor,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    search: ScaleSearch = "minmax",
+    importance: Tensor | None = None,
+) -> AffineGrid:
     """A grid for `weight` [out, in]; groups at least as wide as a row become one per output channel.
 
+    `importance` [out or 1, in], zero or more, is what the search "hessian" counts squared errors by; without it, and in
+    the other searches, they count alike.
     Scales are float32 numbers that the weight's own dtype can hold, so a half-precision graph stores them unchanged.
     """
     if group_size >= weight.shape[1]:
         group_size = -1
     grouped = _grouped(weight.float(), group_size)
-    scale, zero_point = _fit_scales(grouped, bits, symmetric, search, weight.dtype)
-    return AffineGrid(scale, zero_point, bits, group_size)
+    costs = torch.ones(1, 1, 1)
+    if search == "hessian" and importance is not None:
+        costs = _grouped(importance.expand_as(weight) if group_size == 0 else importance, group_size)
+    costs = costs.expand(len(grouped), -1, -1)
+    rows = max(1, WEIGHTS_AT_ONCE // grouped[0].numel())
+    parts = zip(grouped.split(rows), costs.split(rows), strict=True)
+    ranges = [_fit_range(values, cost, bits, symmetric, search, weight.dtype) for values, cost in parts]
+    low, high = (torch.cat(ends) for ends in zip(*ranges, strict=True))
+    return AffineGrid(*_scales_of_range(low, high, bits, symmetric, weight.dtype), bits, group_size)
 
 
-def _fit_scales(
-    values: Tensor, bits: int, symmetric: bool, search: ScaleSearch, dtype: torch.dtype
-) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero point (None when symmetric) [...] of the values [..., n] that share them; rounded to `dtype`."""
+def _fit_range(
+    values: Tensor, costs: Tensor, bits: int, symmetric: bool, search: ScaleSearch, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Both ends [...] of the range of the values [..., n] that share a scale."""
     low, high = values.amin(-1).clamp_(max=0), values.amax(-1).clamp_(min=0)
-    best = _scales_of_range(low, high, bits, symmetric, dtype)
+    if symmetric:
+        high = torch.maximum(-low, high)
+        low = -high
     if search == "minmax":
-        return best
-    least = _squared_error(values, *best, bits)
-    for factor in SHRINK_FACTORS[1:]:
-        scale, zero_point = _scales_of_range(low * factor, high * factor, bits, symmetric, dtype)
-        error = _squared_error(values, scale, zero_point, bits)
+        return low, high
+    best_low, best_high, least = low, high, torch.full_like(low, torch.inf)
+
+    def consider(new_low: Tensor, new_high: Tensor) -> None:
+        nonlocal best_low, best_high, least
+        error = _squared_error(values, costs, *_scales_of_range(new_low, new_high, bits, symmetric, dtype), bits)
         better = error < least
         least = torch.where(better, error, least)
-        if zero_point is None or best[1] is None:
-            best = torch.where(better, scale, best[0]), None
-        else:
-            best = torch.where(better, scale, best[0]), torch.where(better, zero_point, best[1])
-    return best
+        best_low, best_high = torch.where(better, new_low, best_low), torch.where(better, new_high, best_high)
+
+    for factor in SHRINK_FACTORS:
+        consider(low * factor, high * factor)
+    before = best_low
+    for nudge in NUDGES:
+        nudged = (before * nudge).maximum(low)
+        consider(nudged, -nudged if symmetric else best_high)
+    before = best_high
+    for nudge in () if symmetric else NUDGES:
+        consider(best_low, (before * nudge).minimum(high))
+    return best_low, best_high
 
 
 def _scales_of_range(
     low: Tensor, high: Tensor, bits: int, symmetric: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
-    if symmetric:
-        high = torch.maximum(-low, high)
-        low = -high
+    """Scale and zero point (None when symmetric) that spread the levels over low..high; rounded to `dtype`."""
     scale = ((high - low) / (2**bits - 1)).to(dtype).float()
     # A range so small that its step underflows is one of zeros, for which any step will do.
     scale = torch.where(scale > torch.finfo(torch.float32).tiny, scale, 1.0)
     return scale, None if symmetric else torch.round(-low / scale)
 
 
-def _squared_error(values: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> Tensor:
+def _squared_error(values: Tensor, costs: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> Tensor:
     low, high = AffineGrid(scale, zero_point, bits, -1).centred_range()
     rounded = torch.round(values / scale[..., None]).clamp_(low[..., None], high[..., None])
-    return rounded.mul_(scale[..., None]).sub_(values).square_().sum(-1)
+    return rounded.mul_(scale[..., None]).sub_(values).square_().mul_(costs).sum(-1)
 
 
 def _grouped(weight: Tensor, group_size: int) -> Tensor:

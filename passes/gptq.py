@@ -15,6 +15,8 @@ which is Babai's nearest plane (Chen et al., arXiv 2507.18553) and the form used
 blocks before it owe in one matrix product (the lazy batch of the paper), the columns inside it one product each.
 The best real-valued columns g of a group, given all before it, solve x R_gg = (e R)_g, w'_g = w_g + x.
 
+What comes out is then refined: passes.refine.
+
 The work is done on W^T, so that a column is a contiguous row, and for several problems of one shape at once: the
 groups of a grouped or depthwise convolution.
 """
@@ -27,6 +29,7 @@ from torch import Tensor
 
 from passes.affine_grid import AffineGrid, ScaleSearch, fit_grid
 from passes.base import PassError
+from passes.refine import refine
 from passes.threads import single_thread
 from passes.weight_pass import WeightPass
 from passes.weights import AffineWeight, group_columns
@@ -48,6 +51,7 @@ class GPTQ(WeightPass):
     damp        added to the Hessian's diagonal, as a fraction of its mean; raised tenfold until the Hessian factorizes
     block_size  columns between two bulk updates, and, without act_order, between two fits of grids: all groups that
                 start in a block are fitted when the block's turn comes
+    refine      rounds of coordinate descent on the codes and scales afterwards, see passes.refine; 0: plain GPTQ
     """
 
     bits: int = 4
@@ -56,8 +60,9 @@ class GPTQ(WeightPass):
     act_order: bool = True
     damp: float = 0.01
     block_size: int = 128
-    scale_search: ScaleSearch = "minmax"
+    scale_search: ScaleSearch = "hessian"
     embeddings: int = 8
+    refine: int = 4
 
     name: ClassVar[str] = "gptq"
     summary: ClassVar[str] = "weights rounded column by column, each making up for the errors before it"
@@ -70,6 +75,8 @@ class GPTQ(WeightPass):
             raise PassError(f"{self.name}: damp={self.damp} is negative", fix="use damp=0.01")
         if self.block_size < 1:
             raise PassError(f"{self.name}: block_size={self.block_size} is not positive", fix="use block_size=128")
+        if self.refine < 0:
+            raise PassError(f"{self.name}: refine={self.refine} is negative", fix="use refine=4, or 0 for none")
 
     def quantize(self, matrix: Tensor, hessian: Tensor | None) -> AffineWeight:
         """quantize_weight with these options."""
@@ -86,7 +93,10 @@ def quantize_weight(weight: Tensor, hessian: Tensor, options: GPTQ, grid: Affine
     Raises PassError when the Hessian is not finite or not positive definite even when damped.
     """
     with single_thread():
-        return _quantize(weight, hessian.float().view(-1, *hessian.shape[-2:]), options, grid)
+        quantized = _quantize(weight, hessian.float().view(-1, *hessian.shape[-2:]), options, grid)
+        if not options.refine:
+            return quantized
+        return refine(weight, hessian, quantized, options.refine, scales=grid is None)
 
 
 def _quantize(weight: Tensor, hessians: Tensor, options: GPTQ, grid: AffineGrid | None) -> AffineWeight:
@@ -102,24 +112,24 @@ def _quantize(weight: Tensor, hessians: Tensor, options: GPTQ, grid: AffineGrid 
         order = torch.arange(columns).expand(problems, -1)
     factor = _unit_factor(_permuted(hessians, order.flip(-1)), dead.sum(-1), options.damp)
     if grid is None and options.group_size == 0:
-        grid = _fit(alive, options)
+        grid = _fit(alive, diagonal, options)
     parts = []
     for start in range(0, alive.shape[1], OUTPUTS_AT_ONCE):
         run = slice(start, start + OUTPUTS_AT_ONCE)
         given = None if grid is None else _part(grid, problems, run)
-        parts.append(_quantize_outputs(alive[:, run], factor, order, given, options))
+        parts.append(_quantize_outputs(alive[:, run], diagonal, factor, order, given, options))
     return parts[0] if len(parts) == 1 else _joined(parts, problems)
 
 
 def _quantize_outputs(
-    weight: Tensor, factor: Tensor, order: Tensor, given: AffineGrid | None, options: GPTQ
+    weight: Tensor, diagonal: Tensor, factor: Tensor, order: Tensor, given: AffineGrid | None, options: GPTQ
 ) -> AffineWeight:
     """Quantize some outputs of every problem, weight [problems, outputs, in]; outputs do not touch each other."""
     columns = weight.shape[2]
     rows = _Rows(_take(weight.float().mT, order))
     width = group_columns(columns, options.group_size)
     if options.act_order or width == columns or given is not None:
-        grid = given or _fit(weight, options)
+        grid = given or _fit(weight, diagonal, options)
         rows.set_grid(grid, order // width, 0)
         for start in range(0, columns, options.block_size):
             block = rows.corrected(factor, start, min(start + options.block_size, columns))
@@ -130,7 +140,8 @@ def _quantize_outputs(
         for start in range(0, columns, step):
             stop = min(start + step, columns)
             block = rows.corrected(factor, start, stop)
-            grids.append(_fit(_updated(rows, factor, start, block).mT.to(weight.dtype), options))
+            updated = _updated(rows, factor, start, block).mT.to(weight.dtype)
+            grids.append(_fit(updated, diagonal[:, start:stop], options))
             rows.set_grid(grids[-1], (order[:, start:stop] - start) // width, start)
             _round_block(rows, factor, start, block)
         grid = AffineGrid(
@@ -173,10 +184,13 @@ def _part(grid: AffineGrid, problems: int, outputs: slice) -> AffineGrid:
     return dataclasses.replace(grid, scale=cut(grid.scale), zero_point=zero_point)
 
 
-def _fit(weight: Tensor, options: GPTQ) -> AffineGrid:
-    """Grids for the outputs of all problems, weight [problems, outputs, in], as those of one matrix."""
-    matrix = weight.flatten(0, 1)
-    return fit_grid(matrix, options.bits, options.group_size, options.symmetric, options.scale_search)
+def _fit(weight: Tensor, diagonal: Tensor, options: GPTQ) -> AffineGrid:
+    """Grids for the outputs of all problems, weight [problems, outputs, in], as those of one matrix.
+
+    diagonal [problems, in] of the Hessians says what an error of a weight costs.
+    """
+    matrix, importance = weight.flatten(0, 1), diagonal.repeat_interleave(weight.shape[1], dim=0)
+    return fit_grid(matrix, options.bits, options.group_size, options.symmetric, options.scale_search, importance)
 
 
 def _present(value: Tensor | None) -> Tensor:

@@ -63,7 +63,8 @@ class WeightPass(Pass):
     group_size    k: groups of k inputs (a layer with no more than k gets one group); -1: per output channel; 0: per
                   tensor
     symmetric     no zero points
-    scale_search  minmax, or mse: the range shrunk to the least squared error
+    scale_search  minmax; mse: the range shrunk to the least squared error; hessian: the same, errors counted by their
+                  inputs' mean square, where the pass looks at inputs
     embeddings    bits of embedding tables, one scale a row; 0: float
 
     The output head keeps at least 8 bits, and is then per output channel, unless the recipe sets its bits by name.

@@ -1,6 +1,7 @@
 """GPTQ as a function: against the paper's own loop, brute force, and what must not change its result."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,11 @@ def _problem(rows: int, columns: int, seed: int = 0, samples: int = 400) -> tupl
     inputs = torch.randn(samples, columns, generator=generator) @ mixing
     inputs *= torch.exp(torch.randn(columns, generator=generator))
     return torch.randn(rows, columns, generator=generator), inputs.T @ inputs / samples
+
+
+def _plain(**options: Any) -> GPTQ:
+    """GPTQ as published: min-max grids, and nothing after it."""
+    return GPTQ(**{"scale_search": "minmax", "refine": 0, **options})
 
 
 def _error(weight: Tensor, quantized: AffineWeight, hessian: Tensor) -> float:
@@ -48,7 +54,7 @@ def _as_published(weight: Tensor, hessian: Tensor, scale: Tensor, bits: int, ord
 @pytest.mark.parametrize(("group_size", "act_order"), [(-1, True), (-1, False), (0, True), (0, False), (16, True)])
 def test_codes_are_those_of_the_published_loop(group_size: int, act_order: bool, seed: int) -> None:
     weight, hessian = _problem(6, 40, seed)
-    quantized = quantize_weight(weight, hessian, GPTQ(bits=4, group_size=group_size, act_order=act_order))
+    quantized = quantize_weight(weight, hessian, _plain(bits=4, group_size=group_size, act_order=act_order))
     order = hessian.diagonal().argsort(descending=True) if act_order else torch.arange(40)
     width = 40 if group_size <= 0 else group_size
     scale = quantized.scale.expand(6, -1).repeat_interleave(width, dim=1)[:, :40]
@@ -58,7 +64,7 @@ def test_codes_are_those_of_the_published_loop(group_size: int, act_order: bool,
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_without_act_order_groups_are_fitted_on_updated_weights(symmetric: bool) -> None:
     weight, hessian = _problem(6, 40)
-    options = GPTQ(bits=3, group_size=16, act_order=False, symmetric=symmetric, block_size=16)
+    options = _plain(bits=3, group_size=16, act_order=False, symmetric=symmetric, block_size=16)
     quantized = quantize_weight(weight, hessian, options)
     damped = hessian.double() + 0.01 * hessian.diagonal().mean() * torch.eye(40)
     for group, start in enumerate((0, 16, 32)):
@@ -74,7 +80,7 @@ def test_without_act_order_groups_are_fitted_on_updated_weights(symmetric: bool)
 @pytest.mark.parametrize("seed", range(5))
 def test_between_the_best_of_all_codes_and_rounding(seed: int) -> None:
     weight, hessian = _problem(64, 4, seed)
-    quantized = quantize_weight(weight, hessian, GPTQ(bits=3, group_size=-1))
+    quantized = quantize_weight(weight, hessian, _plain(bits=3, group_size=-1))
     rounded = rtn.quantize_weight(weight, RTN(bits=3))
     assert torch.equal(rounded.scale, quantized.scale)
     every = torch.tensor(list(itertools.product(range(-4, 4), repeat=4))).float()  # [8^4, in]
@@ -104,7 +110,7 @@ def test_layer_error_is_below_that_of_rounding(bits: int, group_size: int, act_o
 def test_act_order_pays_on_inputs_with_outliers() -> None:
     problem = layer_problem(96)
     errors = [
-        problem.error(quantize_weight(problem.weight, problem.hessian, GPTQ(bits=4, act_order=order)).dequantize())
+        problem.error(quantize_weight(problem.weight, problem.hessian, _plain(bits=4, act_order=order)).dequantize())
         for order in (True, False)
     ]
     assert errors[0] < errors[1]
@@ -116,7 +122,7 @@ def test_act_order_pays_on_inputs_with_outliers() -> None:
 def test_inputs_that_do_not_correlate_mean_plain_rounding(group_size: int, act_order: bool, symmetric: bool) -> None:
     weight, hessian = _problem(6, 40)
     options = {"bits": 3, "group_size": group_size, "symmetric": symmetric}
-    quantized = quantize_weight(weight, hessian.diagonal().diag(), GPTQ(act_order=act_order, **options))
+    quantized = quantize_weight(weight, hessian.diagonal().diag(), _plain(act_order=act_order, **options))
     rounded = rtn.quantize_weight(weight, RTN(**options))
     assert torch.equal(quantized.codes, rounded.codes)
     assert torch.equal(quantized.scale, rounded.scale)
@@ -125,7 +131,7 @@ def test_inputs_that_do_not_correlate_mean_plain_rounding(group_size: int, act_o
 def test_act_order_does_not_care_how_the_columns_come() -> None:
     weight, hessian = _problem(6, 40)
     order = torch.randperm(40, generator=torch.Generator().manual_seed(1))
-    options = GPTQ(bits=3, group_size=-1)
+    options = _plain(bits=3, group_size=-1)
     there = quantize_weight(weight[:, order], hessian[order][:, order], options)
     assert torch.equal(there.codes, quantize_weight(weight, hessian, options).codes[:, order])
 
@@ -138,7 +144,7 @@ def test_dead_inputs_get_zero_weights_and_change_nothing_else(act_order: bool) -
     weight[:, dead] *= 100
     hessian[dead, :] = 0
     hessian[:, dead] = 0
-    options = GPTQ(bits=3, group_size=-1, act_order=act_order)
+    options = _plain(bits=3, group_size=-1, act_order=act_order)
     quantized = quantize_weight(weight, hessian, options)
     without = quantize_weight(weight[:, alive], hessian[alive][:, alive], options)
     assert torch.equal(quantized.dequantize()[:, dead], torch.zeros(6, 3))
@@ -156,7 +162,7 @@ def test_damping_leads_to_plain_rounding() -> None:
     rounded = rtn.quantize_weight(weight, RTN(bits=3, symmetric=False))
     same = []
     for damp in (0.01, 1.0, 1e6):
-        quantized = quantize_weight(weight, hessian, GPTQ(bits=3, group_size=-1, symmetric=False, damp=damp))
+        quantized = quantize_weight(weight, hessian, _plain(bits=3, group_size=-1, symmetric=False, damp=damp))
         same.append(float((quantized.codes == rounded.codes).float().mean()))
     assert same[0] < same[1] < same[2] == 1.0
 
@@ -187,7 +193,7 @@ def test_hessian_that_is_not_finite(value: float) -> None:
 def test_groups_of_a_convolution_are_problems_of_their_own(group_size: int, act_order: bool, symmetric: bool) -> None:
     weights, hessians = zip(*(_problem(4, 18, seed) for seed in range(3)), strict=True)
     hessians[1][5, :] = hessians[1][:, 5] = 0  # a dead input in one of them
-    options = GPTQ(bits=3, group_size=group_size, act_order=act_order, symmetric=symmetric)
+    options = _plain(bits=3, group_size=group_size, act_order=act_order, symmetric=symmetric)
     together = quantize_weight(torch.cat(weights), torch.stack(hessians), options)
     alone = [quantize_weight(weight, hessian, options) for weight, hessian in zip(weights, hessians, strict=True)]
     assert torch.equal(together.codes, torch.cat([part.codes for part in alone]))
@@ -198,8 +204,8 @@ def test_groups_of_a_convolution_are_problems_of_their_own(group_size: int, act_
 def test_only_the_singular_problem_is_damped_more() -> None:
     weight, hessian = _problem(4, 18)
     singular = torch.ones(18, 18)
-    together = quantize_weight(torch.cat([weight, weight]), torch.stack([hessian, singular]), GPTQ(damp=0.0))
-    assert torch.equal(together.codes[:4], quantize_weight(weight, hessian, GPTQ(damp=0.0)).codes)
+    together = quantize_weight(torch.cat([weight, weight]), torch.stack([hessian, singular]), _plain(damp=0.0))
+    assert torch.equal(together.codes[:4], quantize_weight(weight, hessian, _plain(damp=0.0)).codes)
 
 
 @pytest.mark.parametrize("block_size", [1, 7, 64])
@@ -218,7 +224,7 @@ def test_outputs_at_once_do_not_change_the_result(
     group_size: int, act_order: bool, symmetric: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weight, hessian = _problem(10, 18)
-    options = GPTQ(bits=3, group_size=group_size, act_order=act_order, symmetric=symmetric)
+    options = _plain(bits=3, group_size=group_size, act_order=act_order, symmetric=symmetric)
     expected = quantize_weight(weight, torch.stack([hessian, 2 * hessian.flip(0, 1)]), options)
     monkeypatch.setattr(passes.gptq, "OUTPUTS_AT_ONCE", 2)
     actual = quantize_weight(weight, torch.stack([hessian, 2 * hessian.flip(0, 1)]), options)
@@ -252,6 +258,7 @@ def test_neither_inputs_nor_threads_are_changed_and_bits_do_not_depend_on_them()
         ({"group_size": -2}, "group_size=-2 is negative"),
         ({"damp": -0.1}, r"damp=-0\.1 is negative"),
         ({"block_size": 0}, "block_size=0 is not positive"),
+        ({"refine": -1}, "refine=-1 is negative"),
         ({"scale_search": "best"}, "scale_search=best is no search"),
     ],
 )
