@@ -3,26 +3,32 @@
     1. act-quant puts fake-quant nodes on the float network, unless the graph has some already;
     2. gptq walks the layers. H = X^T X / n is that of the inputs as they arrive: rounded by the fake-quant node in
        front of the layer, and changed by every weight and activation quantized before it. With `asymmetric`, what it
-       rounds is not the layer's weight but the one that best yields the float network's output from those inputs.
+       rounds is not the layer's weight but the one that best yields the float network's output from those inputs;
+    3. `activations=reoptimize` re-fits the activation ranges to the weights as they are by then.
 
 So a layer's weights make up for each other, and for what was lost in front of them, on the numbers that the integer
 kernel will multiply them by.
 """
 
 import dataclasses
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 from torch import Tensor
 
 from passes import gptq
 from passes.act_quant import ActQuant
+from passes.affine_grid import fit_grid
 from passes.asymmetric import shifted_weight
 from passes.base import PassError, PassResult, Program
+from passes.eigen_scale import eigen_adjusted
 from passes.gptq import GPTQ
 from passes.graph import Layer
 from passes.ops import FAKE_QUANTIZE, FAKE_QUANTIZE_DYNAMIC
+from passes.refit_ranges import refit_ranges
 from passes.weight_pass import Walk
 from passes.weights import AffineWeight
+
+Activations = Literal["static", "rtn", "token", "reoptimize"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,19 +36,23 @@ class GPTAQ(GPTQ):
     """Options of GPTQ, and of the activations.
 
     act_bits     4 or 8
-    activations  static: one range a tensor, from calibration; token: each row's own range at run time
+    activations  static: one range a tensor, of the least squared error on calibration data; rtn: one from the smallest
+                 value to the largest; reoptimize: static, re-fitted after the weights by the output error of layers,
+                 see passes.refit_ranges; token: each row's own range at run time
     asymmetric   aim at the float network's layer outputs; see passes.asymmetric
     alpha        how far, from 0 (not at all) to 1
     ridge        how firmly that aim is held to the float weight, as a fraction of the Hessian's mean diagonal
+    eig          adjust the weights' scales by the Hessian's eigenvalues; see passes.eigen_scale, which says why not to
     """
 
     bits: int = 8
     act_bits: int = 8
     group_size: int = -1
-    activations: Literal["static", "token"] = "static"
+    activations: Activations = "static"
     asymmetric: bool = True
     alpha: float = 1.0
     ridge: float = 0.1
+    eig: bool = False
 
     name: ClassVar[str] = "gptaq"
     summary: ClassVar[str] = "activations quantized, then gptq on what the quantized network feeds each layer"
@@ -50,8 +60,10 @@ class GPTAQ(GPTQ):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.activations not in ("static", "token"):
-            raise PassError(f"{self.name}: activations={self.activations} is no kind", fix="use static or token")
+        if self.activations not in get_args(Activations):
+            raise PassError(
+                f"{self.name}: activations={self.activations} is no kind", fix=f"use {', '.join(get_args(Activations))}"
+            )
         if not 0 <= self.alpha <= 1:
             raise PassError(f"{self.name}: alpha={self.alpha} is not between 0 and 1", fix="use alpha=1")
         if self.ridge < 0:
@@ -64,15 +76,16 @@ class GPTAQ(GPTQ):
             self._act_quant.requires(program)
 
     def run(self, program: Program) -> PassResult:
-        """Quantize the activations, if nothing has, and then the weights."""
-        if _has_fake_quant(program):
-            return super().run(program)
-        activations = self._act_quant.run(program)
-        weights = super().run(program)
+        """Quantize the activations, if nothing has, then the weights; re-fit the activations' ranges if asked to."""
+        results = [] if _has_fake_quant(program) else [self._act_quant.run(program)]
+        results.append(super().run(program))
+        measured = {name: value for result in results for name, value in result.measured.items()}
+        if self.activations == "reoptimize":
+            measured["refitted_ranges"] = float(len(refit_ranges(program)))
         return PassResult(
-            changed=activations.changed + weights.changed,
-            skipped=tuple(dict.fromkeys(activations.skipped + weights.skipped)),  # both name what the recipe skips
-            measured={**activations.measured, **weights.measured},
+            changed=tuple(name for result in results for name in result.changed),
+            skipped=tuple(dict.fromkeys(skip for result in results for skip in result.skipped)),  # both name some
+            measured=measured,
         )
 
     def quantize_layer(self, matrix: Tensor, layer: Layer, walk: Walk) -> AffineWeight:
@@ -82,7 +95,8 @@ class GPTAQ(GPTQ):
 
     @property
     def _act_quant(self) -> ActQuant:
-        return ActQuant(bits=self.act_bits, mode=self.activations)
+        mode: Literal["static", "token"] = "token" if self.activations == "token" else "static"
+        return ActQuant(bits=self.act_bits, mode=mode, method="minmax" if self.activations == "rtn" else "mse")
 
 
 def quantize_weight(weight: Tensor, hessian: Tensor, options: GPTAQ, cross: Tensor | None = None) -> AffineWeight:
@@ -95,7 +109,10 @@ def quantize_weight(weight: Tensor, hessian: Tensor, options: GPTAQ, cross: Tens
     """
     if cross is not None and options.asymmetric:
         weight = shifted_weight(weight, hessian, cross, ridge=options.ridge, alpha=options.alpha)
-    return gptq.quantize_weight(weight, hessian, options)
+    if not options.eig:
+        return gptq.quantize_weight(weight, hessian, options)
+    grid = fit_grid(weight, options.bits, options.group_size, options.symmetric, options.scale_search)
+    return gptq.quantize_weight(weight, hessian, options, eigen_adjusted(grid, hessian))
 
 
 def _has_fake_quant(program: Program) -> bool:

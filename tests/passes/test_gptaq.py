@@ -11,12 +11,14 @@ from passes import PASSES, gptq, rtn
 from passes.act_quant import ActQuant
 from passes.asymmetric import cross_of
 from passes.base import LayerRule, Pass, PassError, PassRecord, Pipeline, Program
+from passes.eigen_scale import POWER
 from passes.fold_bn import FoldBatchNorm
-from passes.gptaq import GPTAQ, quantize_weight
+from passes.gptaq import GPTAQ, Activations, quantize_weight
 from passes.gptq import GPTQ
 from passes.graph import find_layers
 from passes.layer_inputs import hessian_of
 from passes.ops import DEQUANTIZE, FAKE_QUANTIZE, FAKE_QUANTIZE_DYNAMIC, fake_quantize_dynamic
+from passes.refit_ranges import refit_ranges
 from passes.rtn import RTN
 from passes.weights import AffineWeight
 from tests.passes.nets import RULES, FeedForward, InvertedResidual, count, outputs, program_of, reasons, seeded
@@ -100,6 +102,27 @@ def test_same_as_its_two_passes_in_turn(activations: str, target: object, act_bi
     # With quantized activations in the graph it leaves them as they are.
     run(given, ActQuant(bits=act_bits, mode=activations), GPTAQ(act_bits=8, activations="static", asymmetric=False))
     assert torch.equal(outputs(given.graph, given), outputs(apart.graph, apart))
+
+
+@pytest.mark.parametrize("activations", ["rtn", "reoptimize"])
+def test_kinds_of_static_ranges(activations: Activations) -> None:
+    inputs = {"x": torch.zeros(16, 3, 8, 8)}
+    together, apart = (program_of(seeded(InvertedResidual), inputs) for _ in range(2))
+    result = run(together, GPTAQ(act_bits=4, activations=activations))[-1].result
+    run(apart, ActQuant(bits=4, method="minmax" if activations == "rtn" else "mse"), GPTAQ(act_bits=4))
+    if activations == "reoptimize":
+        assert result.measured["refitted_ranges"] == len(refit_ranges(apart)) > 0
+    assert torch.equal(outputs(together.graph, together), outputs(apart.graph, apart))
+
+
+def test_eigenvalues_shrink_the_scales_that_gptq_then_uses() -> None:
+    problem = layer_problem(64)
+    plain = quantize_weight(problem.weight, problem.hessian, GPTAQ(bits=4))
+    adjusted = quantize_weight(problem.weight, problem.hessian, GPTAQ(bits=4, eig=True))
+    eigenvalues = torch.linalg.eigvalsh(problem.hessian.double())
+    factor = float(eigenvalues.mean() / eigenvalues[-1]) ** POWER
+    assert torch.allclose(adjusted.scale, plain.scale * factor, rtol=4 * 2.0**-23, atol=0)
+    assert problem.error(adjusted.dequantize()) > problem.error(plain.dequantize())
 
 
 def test_defaults_are_eight_bits_per_channel_and_static() -> None:
