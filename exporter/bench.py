@@ -18,9 +18,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from exporter.backends.to_onnx import save
 from exporter.errors import InputError
 from exporter.float_twin import make_float
+from exporter.lowering.to_onnx import save
 from exporter.render.text import plural
 from runtimes.base import Array, Artifact, RuntimeFault, Session
 from runtimes.ort import OnnxRuntime

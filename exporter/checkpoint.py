@@ -27,10 +27,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor, fx
 
-from exporter.backends.fuse import quantized_weight
 from exporter.errors import InputError, InternalError
 from exporter.formats import FORMATS, choose_format
 from exporter.formats.base import Packed, PackedMeta
+from exporter.lowering.fuse import quantized_weight
 from exporter.report import Json
 from passes.base import Program
 from passes.graph import Layer, copy_graph, get_tensor

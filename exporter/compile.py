@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from exporter.backends import backend_for
-from exporter.backends.base import Backend, Lowered, LoweringError
+from exporter.backends.base import Backend, LoweringError
 from exporter.backends.tensorrt.build import BuildError, available_flavor
 from exporter.backends.tensorrt.bundle import EngineResult, finish
 from exporter.backends.tensorrt.lower import TensorRTBackend
@@ -23,6 +23,7 @@ from exporter.errors import InputError, InternalError, TargetError
 from exporter.gates import evaluate, exit_code, parse_gate
 from exporter.kernels import kernel_of_layers, optimized_kernels
 from exporter.load import Loaded, load_model
+from exporter.lowering.lowered import Lowered
 from exporter.output import OutputFolder, file_sha256, file_sizes, write_manifest
 from exporter.prepare import Prepared, prepare
 from exporter.progress import Progress, Silent

@@ -23,11 +23,11 @@ import onnx
 import torch
 from torch import Tensor, fx
 
-from exporter.backends.base import Lowered
-from exporter.backends.fuse import quantized_weight
-from exporter.backends.lowered_ops import MARK
 from exporter.errors import InputError
 from exporter.load import resolve_callable
+from exporter.lowering.fuse import quantized_weight
+from exporter.lowering.lowered import Lowered
+from exporter.lowering.ops import MARK
 from exporter.metrics import Comparison, Figures, sqnr_db
 from exporter.report import LayerDiff, LayerSqnr
 from passes.base import Program

@@ -12,10 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
-from exporter.backends.base import Lowered
 from exporter.backends.onnx_qdq.lower import OnnxBackend
 from exporter.capture import Dynamic, capture, export_module
 from exporter.kernels import Kernel, kernel_of_layers, optimized_kernels, weight_dequantize_left
+from exporter.lowering.lowered import Lowered
 from exporter.validate import arrays
 from passes.base import LayerRule, Pass, Pipeline, Program, TargetRules
 from passes.calibration import Batch, Calibration, run_graph

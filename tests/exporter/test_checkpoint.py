@@ -11,7 +11,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from exporter.backends.fuse import quantized_weight
 from exporter.capture import capture, export_module
 from exporter.checkpoint import (
     KEY,
@@ -22,6 +21,7 @@ from exporter.checkpoint import (
     save_checkpoint,
 )
 from exporter.errors import InputError, InternalError
+from exporter.lowering.fuse import quantized_weight
 from passes.act_quant import ActQuant
 from passes.base import Pass, Pipeline, Program, TargetRules
 from passes.calibration import Batch, Calibration, watch_values

@@ -1,4 +1,4 @@
-"""Latency of W8A8 in onnxruntime beside float, in one run: a transformer's feed-forward block, and the digits classifier.
+"""Latency of W8A8 in onnxruntime beside float, in one run: a feed-forward block, and the digits classifier.
 
     python -m tools.bench.ort_latency
 

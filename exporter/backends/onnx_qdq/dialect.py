@@ -13,8 +13,8 @@ Measured rules of onnxruntime 1.31 on x86 that shape this file:
 import numpy as np
 import onnx_ir as ir
 
-from exporter.backends.base import LoweredLayer
-from exporter.backends.to_onnx import Array, Builder, Dialect, Node, packed_int4
+from exporter.lowering.lowered import LoweredLayer
+from exporter.lowering.to_onnx import Array, Builder, Dialect, Node, packed_int4
 from passes.ops import TINY_SCALE
 
 BLOCKS = (256, 128, 64, 32, 16)

@@ -6,11 +6,12 @@ from typing import ClassVar
 import onnx_ir as ir
 from torch import fx
 
-from exporter.backends.base import Backend, Lowered, LoweringError
-from exporter.backends.fuse import fuse
-from exporter.backends.lowered_ops import CONV_WEIGHT, LINEAR, MARK
+from exporter.backends.base import Backend, LoweringError
 from exporter.backends.onnx_qdq.dialect import OnnxRuntimeDialect, kernel_block
-from exporter.backends.to_onnx import expand, export, save
+from exporter.lowering.fuse import fuse
+from exporter.lowering.lowered import Lowered
+from exporter.lowering.ops import CONV_WEIGHT, LINEAR, MARK
+from exporter.lowering.to_onnx import expand, export, save
 from passes.act_quant import ACTIVATIONS
 from passes.base import Program, TargetRules
 from passes.graph import CONVS, call_before, copy_graph, get_tensor, inputs_of, tidy

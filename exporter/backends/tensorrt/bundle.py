@@ -17,9 +17,9 @@ import numpy.typing as npt
 import onnx
 from onnx import numpy_helper
 
-from exporter.backends.base import LoweredLayer
 from exporter.backends.tensorrt.build import EngineBuild, Flavor, Profile, build_engine
 from exporter.backends.tensorrt.folding import PackedWeight, packed_weights, stored_weights
+from exporter.lowering.lowered import LoweredLayer
 
 MODEL = "model.onnx"
 DESCRIPTION = "build.json"

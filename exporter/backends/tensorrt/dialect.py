@@ -21,8 +21,8 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from exporter.backends.base import LoweredLayer
-from exporter.backends.to_onnx import Array, Builder, Dialect, Node, packed_int4
+from exporter.lowering.lowered import LoweredLayer
+from exporter.lowering.to_onnx import Array, Builder, Dialect, Node, packed_int4
 
 CHANNEL_BLOCKS = (128, 64, 32, 16)
 """Blocks tried, in order, for an int4 weight with one scale per channel."""

@@ -11,13 +11,14 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from exporter.backends.base import Backend, Lowered, LoweringError
-from exporter.backends.fuse import fuse
-from exporter.backends.lowered_ops import CONV_WEIGHT, EMBEDDING, LINEAR
+from exporter.backends.base import Backend, LoweringError
 from exporter.backends.tensorrt.bundle import MODEL, Bundle, write_bundle
 from exporter.backends.tensorrt.dialect import TensorRTDialect
 from exporter.backends.tensorrt.profiles import choose_profiles
-from exporter.backends.to_onnx import expand, export, save
+from exporter.lowering.fuse import fuse
+from exporter.lowering.lowered import Lowered
+from exporter.lowering.ops import CONV_WEIGHT, EMBEDDING, LINEAR
+from exporter.lowering.to_onnx import expand, export, save
 from passes.base import Program, TargetRules
 from passes.graph import get_tensor, inputs_of
 from passes.ops import DEQUANTIZE, FAKE_QUANTIZE, FAKE_QUANTIZE_DYNAMIC

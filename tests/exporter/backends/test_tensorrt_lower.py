@@ -13,7 +13,7 @@ import torch
 from onnx import TensorProto, numpy_helper
 from torch import Tensor, nn
 
-from exporter.backends.base import Lowered, LoweringError
+from exporter.backends.base import LoweringError
 from exporter.backends.tensorrt import bundle
 from exporter.backends.tensorrt.build import EngineBuild
 from exporter.backends.tensorrt.bundle import BundleError, finish, read_bundle
@@ -22,6 +22,7 @@ from exporter.backends.tensorrt.layer_table import EngineLayer, EngineTensor
 from exporter.backends.tensorrt.lower import TensorRTBackend
 from exporter.backends.tensorrt.profiles import choose_profiles
 from exporter.capture import capture, export_module
+from exporter.lowering.lowered import Lowered
 from passes.act_quant import ActQuant
 from passes.base import Program, TargetRules
 from passes.calibration import Calibration, run_graph

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx
 
-from exporter.backends.lowered_ops import DOMAIN, TRANSLATIONS
+from exporter.lowering.ops import DOMAIN, TRANSLATIONS
 from passes.calibration import Batch
 from passes.graph import inputs_of
 

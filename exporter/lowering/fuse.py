@@ -1,4 +1,4 @@
-"""Program -> lowered graph: one operator of `lowered_ops` for every quantized layer, a mark on every layer's output.
+"""Program -> lowered graph: one operator of `lowering.ops` for every quantized layer, a mark on every layer's output.
 
     linear(fake_quantize(x), dequantize(...), b)            -> linear(fake_quantize(x), codes, ..., integer=True)
     linear(fake_quantize_dynamic(x), dequantize(...), b)    -> linear(x, codes, ..., token_bits=8, integer=True)
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from exporter.backends.lowered_ops import CONV_WEIGHT, EMBEDDING, LINEAR, MARK
+from exporter.lowering.ops import CONV_WEIGHT, EMBEDDING, LINEAR, MARK
 from passes.base import Program
 from passes.graph import Layer, add_tensor, call_before, copy_graph, find_layers, get_tensor, set_argument, tidy
 from passes.ops import DEQUANTIZE, FAKE_QUANTIZE, FAKE_QUANTIZE_DYNAMIC

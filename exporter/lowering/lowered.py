@@ -1,0 +1,35 @@
+"""A lowered program: its file, and the graphs in eager torch that the file is held to."""
+
+import dataclasses
+from collections.abc import Mapping
+
+from torch import fx
+
+from runtimes.base import Artifact
+
+
+@dataclasses.dataclass(frozen=True)
+class LoweredLayer:
+    """How a quantized layer is stored and executed: for the report, and to check the result against."""
+
+    name: str
+    format: str
+    bits_per_weight: float
+    codes: str
+    """Name of the initializer that holds the packed codes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Lowered:
+    """A lowered program on disk.
+
+    graph     the graph that was written, in eager torch: the artifact's arithmetic without the runtime's own additions
+    simulated graph plus what the runtime's kernels do to values on their own; `eager_quantized` in the report
+    taps      {layer: name of the value in the file that holds its output}
+    """
+
+    artifact: Artifact
+    graph: fx.GraphModule
+    simulated: fx.GraphModule
+    layers: tuple[LoweredLayer, ...]
+    taps: Mapping[str, str]
