@@ -111,7 +111,9 @@ def quantize_weight(weight: Tensor, hessian: Tensor, options: GPTAQ, cross: Tens
         weight = shifted_weight(weight, hessian, cross, ridge=options.ridge, alpha=options.alpha)
     if not options.eig:
         return gptq.quantize_weight(weight, hessian, options)
-    grid = fit_grid(weight, options.bits, options.group_size, options.symmetric, options.scale_search)
+    diagonal = hessian.diagonal(dim1=-2, dim2=-1).view(-1, hessian.shape[-1])  # [groups, in]
+    importance = diagonal.repeat_interleave(len(weight) // len(diagonal), dim=0)
+    grid = fit_grid(weight, options.bits, options.group_size, options.symmetric, options.scale_search, importance)
     return gptq.quantize_weight(weight, hessian, options, eigen_adjusted(grid, hessian))
 
 

@@ -117,8 +117,8 @@ def test_kinds_of_static_ranges(activations: Activations) -> None:
 
 def test_eigenvalues_shrink_the_scales_that_gptq_then_uses() -> None:
     problem = layer_problem(64)
-    plain = quantize_weight(problem.weight, problem.hessian, GPTAQ(bits=4))
-    adjusted = quantize_weight(problem.weight, problem.hessian, GPTAQ(bits=4, eig=True))
+    plain = quantize_weight(problem.weight, problem.hessian, GPTAQ(bits=4, refine=0))
+    adjusted = quantize_weight(problem.weight, problem.hessian, GPTAQ(bits=4, refine=0, eig=True))
     eigenvalues = torch.linalg.eigvalsh(problem.hessian.double())
     factor = float(eigenvalues.mean() / eigenvalues[-1]) ** POWER
     assert torch.allclose(adjusted.scale, plain.scale * factor, rtol=4 * 2.0**-23, atol=0)

@@ -8,7 +8,7 @@ front is rounded to 4 bits (groups of 128), which changes what the measured laye
 with W and (V, Z) of tools.bench.problem, seeds 0 and 1. `linear` leaves the ReLU out: then Xq determines X, and a
 real-valued weight could make up for everything. Both sides get X, Xq and W in one process on one thread; seconds are
 those of moments and quantization, the best of --repeat runs, in turn. Both round with act_order, static groups, and
-zero points.
+zero points; `plain` leaves out what else gptaq does by default, the scale search and the refinement.
 """
 
 import argparse
@@ -128,6 +128,7 @@ def main() -> None:
     parser.add_argument("--sizes", default="512,1024", help="sizes of the square layer problems")
     parser.add_argument("--alphas", default="0,0.25,1")
     parser.add_argument("--ridge", type=float, default=GPTAQ.ridge, help="ours alone has it")
+    parser.add_argument("--plain", action="store_true", help="min-max scales, no refinement: the reference's own terms")
     parser.add_argument("--linear", action="store_true", help="no ReLU between the two layers")
     parser.add_argument("--reference", type=Path, help="fake_quant of the authors' checkout, to compare with")
     parser.add_argument("--repeat", type=int, default=3)
@@ -143,6 +144,8 @@ def main() -> None:
             problem = asymmetric_problem(size, arguments.linear)
             for bits, alpha in itertools.product((4, 3), map(float, arguments.alphas.split(","))):
                 options = GPTAQ(bits=bits, group_size=128, symmetric=False, alpha=alpha, ridge=arguments.ridge)
+                if arguments.plain:
+                    options = dataclasses.replace(options, scale_search="minmax", refine=0)
                 (error, seconds), *others = measure(
                     problem, options, [ours, theirs] if theirs else [ours], arguments.repeat
                 )

@@ -1,9 +1,10 @@
 """The thesis' table on the reference language model: python -m tools.bench.thesis_table [--rows GLOB] [--rounds N]
 
-Its rows under its names, all 4-bit weights per output channel, the head at 8 bits, without asymmetric calibration; then
-ours. Perplexity is that of the quantized graph in eager torch on held-out text; latency that of its ONNX artifact in
-onnxruntime, one window of 128 bytes, one thread, as a percentage of the float network's artifact (under 100: faster),
-all rows in turns. onnxruntime has no 4-bit activations: they ride in 8-bit containers, so A4 is as fast as A8.
+Its rows under its names: 4-bit weights per output channel on scales of least squared error, the head at 8 bits, plain
+GPTQ. Then ours: scale search by the Hessian, refinement, asymmetric calibration. Perplexity is that of the quantized
+graph in eager torch on held-out text; latency that of its ONNX artifact in onnxruntime, one window of 128 bytes, one
+thread, as a percentage of the float network's artifact (under 100: faster), all rows in turns. onnxruntime has no 4-bit
+activations: they ride in 8-bit containers, so A4 is as fast as A8.
 """
 
 import argparse
@@ -31,12 +32,13 @@ from tools.models import load_reference
 
 BATCH = 16
 WARM_UP = 3
-THESIS = "gptaq:bits=4:act_bits=4:asymmetric=false"
+PLAIN = "bits=4:group_size=-1:refine=0:scale_search=mse"
+THESIS = f"gptaq:act_bits=4:asymmetric=false:{PLAIN}"
 OURS = "gptaq:bits=4:act_bits=4"
 
 ROWS = {
     "Original": "",
-    "W4": "gptq:bits=4:group_size=-1",
+    "W4": f"gptq:{PLAIN}",
     "W4_A4_RTN": f"{THESIS}:activations=rtn",
     "W4_A4_TOKEN": f"{THESIS}:activations=token",
     "W4_A4_REOPTIMIZE": f"{THESIS}:activations=reoptimize",
@@ -45,15 +47,17 @@ ROWS = {
     "W4_A4_RTN_CLE": f"cle,{THESIS}:activations=rtn",
     "W4_A4_RTN_EIG": f"{THESIS}:activations=rtn:eig=true",
     "W4_A4_TOKEN_CLE": f"cle,{THESIS}:activations=token",
+    "W4_A4_REOPTIMIZE_CLE": f"cle,{THESIS}:activations=reoptimize",
     "W4_A4_STATIC": THESIS,
-    "asymmetric, RTN": f"{OURS}:activations=rtn",
-    "asymmetric, TOKEN": f"{OURS}:activations=token",
-    "asymmetric, REOPTIMIZE": f"{OURS}:activations=reoptimize",
-    "asymmetric, STATIC": OURS,
-    "asymmetric, STATIC, MSE scales": f"{OURS}:scale_search=mse",
-    "asymmetric, STATIC, CLE": f"cle,{OURS}",
-    "asymmetric, STATIC, smooth": f"smooth,{OURS}",
-    "asymmetric, TOKEN, smooth": f"smooth,{OURS}:activations=token",
+    "ours, W4": "gptq:bits=4:group_size=-1",
+    "ours, RTN": f"{OURS}:activations=rtn",
+    "ours, TOKEN": f"{OURS}:activations=token",
+    "ours, REOPTIMIZE": f"{OURS}:activations=reoptimize",
+    "ours, STATIC": OURS,
+    "ours, STATIC, not asymmetric": f"{OURS}:asymmetric=false",
+    "ours, STATIC, CLE": f"cle,{OURS}",
+    "ours, STATIC, smooth": f"smooth,{OURS}",
+    "ours, TOKEN, smooth": f"smooth,{OURS}:activations=token",
 }
 """Name: passes. STATIC is gptaq's default, one range a tensor, of the least squared error."""
 
