@@ -70,7 +70,8 @@ def compile_model(
 ) -> Report:
     """Compile a model in memory; `calibration` is {input: [n, ...]}, batches of that, or a function that gives either.
 
-    `example_inputs` say the inputs' shapes and, for a mapping, their names. Raises QExportError.
+    `example_inputs` say the inputs' shapes and, for a mapping, their names; they calibrate where nothing else is given.
+    Raises QExportError.
     """
     recipe = recipe or Recipe()
     if out is not None:
@@ -87,7 +88,8 @@ def compile_model(
     if loaded.module is not None and not recipe.inputs:
         recipe = dataclasses.replace(recipe, inputs=specs)
     with OutputFolder(recipe.out, force=recipe.force) as folder, faults():
-        return _compile(loaded, recipe, folder, Silent(), calibration).report
+        given = calibration if calibration is not None or recipe.calib is not None else [example_inputs]
+        return _compile(loaded, recipe, folder, Silent(), given).report
 
 
 @contextlib.contextmanager

@@ -10,10 +10,10 @@ from onnx import TensorProto
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from exporter.backends import to_onnx
 from exporter.backends.base import LoweringError
 from exporter.backends.onnx_qdq.dialect import kernel_block, two_in_a_byte
 from exporter.backends.onnx_qdq.lower import OnnxBackend
+from exporter.lowering import to_onnx
 from passes.act_quant import ActQuant
 from passes.base import LayerRule, Pass
 from passes.gptq import GPTQ
