@@ -8,13 +8,14 @@ Over the weights w that share a scale (zero always inside their range, so that i
 The symmetric scale is that of the GPTQ authors (arXiv 2210.17323): it spreads all 2^b levels over [-max|w|, max|w|], so
 its step is smaller than max|w| / (2^(b-1) - 1), at the price that +max|w| is half a step outside the last level.
 
-A search shrinks the range, which clips a few weights and brings the levels of all others closer. For each scale it
-keeps the range with the least sum of a_i (w_i - q_i)^2: first both ends are shrunk by one factor out of SHRINK_FACTORS,
-then each end (symmetric: both) by one out of NUDGES more. `mse` counts all weights alike; `hessian` takes for a_i the
-diagonal of the layer's Hessian, the error's cost at the layer's output were it the only one.
+A search clips a few weights to bring the levels of all others closer. It keeps, for each scale, the levels with the
+least sum of a_i (w_i - q_i)^2: first both ends are shrunk by one of SHRINK_FACTORS; asymmetric levels then move by one,
+twice, with the scale times one of MOVED_FACTORS; last the scale takes one of FINE_FACTORS. `mse` counts all weights
+alike; `hessian` takes for a_i the diagonal of the layer's Hessian: what the error costs were it the layer's only one.
 """
 
 import dataclasses
+import itertools
 from typing import Literal
 
 import torch
@@ -25,9 +26,9 @@ from passes.weights import AffineWeight, code_dtype, code_range, group_columns
 
 ScaleSearch = Literal["minmax", "mse", "hessian"]
 
-SHRINK_FACTORS = tuple(1 - step / 20 for step in range(16))
-NUDGES = (0.8, 0.85, 0.9, 0.95, 0.975, 1.025, 1.05, 1.1, 1.15, 1.2)
-"""On top of a shrink factor; no end goes past where it was."""
+SHRINK_FACTORS = tuple(0.87**step for step in range(12))
+MOVED_FACTORS = (0.8, 0.9, 1.0, 1.1, 1.2)
+FINE_FACTORS = (0.925, 0.95, 0.975, 1.025, 1.05, 1.075)
 
 WEIGHTS_AT_ONCE = 1 << 17
 """Weights searched together, at least one row's: keeps what a search looks at time and again in the cache."""
@@ -93,56 +94,53 @@ def fit_grid(
     costs = costs.expand(len(grouped), -1, -1)
     rows = max(1, WEIGHTS_AT_ONCE // grouped[0].numel())
     parts = zip(grouped.split(rows), costs.split(rows), strict=True)
-    ranges = [_fit_range(values, cost, bits, symmetric, search, weight.dtype) for values, cost in parts]
-    low, high = (torch.cat(ends) for ends in zip(*ranges, strict=True))
-    return AffineGrid(*_scales_of_range(low, high, bits, symmetric, weight.dtype), bits, group_size)
+    fitted = [_fit_levels(values, cost, bits, symmetric, search, weight.dtype) for values, cost in parts]
+    scale, zero = (torch.cat(tensors) for tensors in zip(*fitted, strict=True))
+    return AffineGrid(scale, None if symmetric else zero, bits, group_size)
 
 
-def _fit_range(
+def _fit_levels(
     values: Tensor, costs: Tensor, bits: int, symmetric: bool, search: ScaleSearch, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Both ends [...] of the range of the values [..., n] that share a scale."""
+    """(scale, zero), both [...], of the values [..., n] that share them; their levels are (0..2^b - 1 - zero) scale."""
+    top = 2**bits - 1
     low, high = values.amin(-1).clamp_(max=0), values.amax(-1).clamp_(min=0)
     if symmetric:
         high = torch.maximum(-low, high)
         low = -high
-    if search == "minmax":
-        return low, high
-    best_low, best_high, least = low, high, torch.full_like(low, torch.inf)
 
-    def consider(new_low: Tensor, new_high: Tensor) -> None:
-        nonlocal best_low, best_high, least
-        error = _squared_error(values, costs, *_scales_of_range(new_low, new_high, bits, symmetric, dtype), bits)
+    def spread(factor: float) -> tuple[Tensor, Tensor]:
+        scale = _storable((high * factor - low * factor) / top, dtype)
+        return scale, torch.full_like(scale, 2 ** (bits - 1)) if symmetric else torch.round(low * -factor / scale)
+
+    scale, zero = spread(1.0)
+    if search == "minmax":
+        return scale, zero
+    least = torch.full_like(low, torch.inf)
+
+    def consider(new_scale: Tensor, new_zero: Tensor) -> None:
+        nonlocal scale, zero, least
+        rounded = torch.round(values / new_scale[..., None])
+        rounded.clamp_(-new_zero[..., None], top - new_zero[..., None])
+        error = rounded.mul_(new_scale[..., None]).sub_(values).square_().mul_(costs).sum(-1)
         better = error < least
         least = torch.where(better, error, least)
-        best_low, best_high = torch.where(better, new_low, best_low), torch.where(better, new_high, best_high)
+        scale, zero = torch.where(better, new_scale, scale), torch.where(better, new_zero, zero)
 
     for factor in SHRINK_FACTORS:
-        consider(low * factor, high * factor)
-    before = best_low
-    for nudge in NUDGES:
-        nudged = (before * nudge).maximum(low)
-        consider(nudged, -nudged if symmetric else best_high)
-    before = best_high
-    for nudge in () if symmetric else NUDGES:
-        consider(best_low, (before * nudge).minimum(high))
-    return best_low, best_high
+        consider(*spread(factor))
+    moves = () if symmetric else (-1, 1)
+    for shifts, factors in ((moves, MOVED_FACTORS), (moves, MOVED_FACTORS), ((0,), FINE_FACTORS)):
+        old_scale, old_zero = scale, zero
+        for shift, factor in itertools.product(shifts, factors):
+            consider(_storable(old_scale * factor, dtype), (old_zero + shift).clamp(0, top))
+    return scale, zero
 
 
-def _scales_of_range(
-    low: Tensor, high: Tensor, bits: int, symmetric: bool, dtype: torch.dtype
-) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero point (None when symmetric) that spread the levels over low..high; rounded to `dtype`."""
-    scale = ((high - low) / (2**bits - 1)).to(dtype).float()
-    # A range so small that its step underflows is one of zeros, for which any step will do.
-    scale = torch.where(scale > torch.finfo(torch.float32).tiny, scale, 1.0)
-    return scale, None if symmetric else torch.round(-low / scale)
-
-
-def _squared_error(values: Tensor, costs: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> Tensor:
-    low, high = AffineGrid(scale, zero_point, bits, -1).centred_range()
-    rounded = torch.round(values / scale[..., None]).clamp_(low[..., None], high[..., None])
-    return rounded.mul_(scale[..., None]).sub_(values).square_().mul_(costs).sum(-1)
+def _storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """`scale` as `dtype` holds it. One that underflows is that of zeros, for which any step will do."""
+    rounded = scale.to(dtype).float()
+    return torch.where(rounded > torch.finfo(torch.float32).tiny, rounded, 1.0)
 
 
 def _grouped(weight: Tensor, group_size: int) -> Tensor:

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from passes.affine_grid import SHRINK_FACTORS, fit_grid
+import passes.affine_grid
+from passes.affine_grid import SHRINK_FACTORS, ScaleSearch, fit_grid
 from passes.weights import code_range
 from tests.passes.nets import FLOAT32_EPS
 
@@ -89,7 +90,7 @@ def test_mse_search_is_the_best_of_all_shrunk_ranges(group_size: int, symmetric:
     weight = _weight(6, 64, seed=3)
     weight[:, 5] *= 6  # an outlier that is worth clipping
 
-    def errors(search: str, shrink: float = 1.0) -> Tensor:
+    def errors(search: ScaleSearch, shrink: float = 1.0) -> Tensor:
         # Clipping the weight before a min-max fit gives the grid of the shrunk range.
         low, high = torch.aminmax(weight) if group_size == 0 else torch.aminmax(weight, dim=1, keepdim=True)
         if symmetric:
@@ -112,3 +113,54 @@ def test_scales_fit_the_weights_own_type(dtype: torch.dtype) -> None:
     grid = fit_grid(_weight().to(dtype), 4, 8, symmetric=False)
     assert grid.scale.dtype is torch.float32
     assert torch.equal(grid.scale.to(dtype).float(), grid.scale)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group_size", [-1, 0, 8])
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_hessian_search_minimizes_the_weighted_error(bits: int, group_size: int, symmetric: bool) -> None:
+    weight = _weight(6, 32, seed=3)
+    weight[:, 5] *= 6
+    importance = torch.exp2(3 * torch.randn(6, 32, generator=torch.Generator().manual_seed(1)))
+
+    def errors(search: ScaleSearch) -> Tensor:
+        grid = fit_grid(weight, bits, group_size, symmetric, search, importance)
+        squares = importance * (grid.round(weight).dequantize() - weight).square()
+        return squares.sum().view(1) if group_size == 0 else squares.sum(1)
+
+    weighted, plain = errors("hessian"), errors("minmax")
+    assert bool((weighted <= plain * (1 + 1e-5)).all())  # float32 sums of up to 192 squares in another order
+    assert float(weighted.sum()) < float(plain.sum())
+    assert float(weighted.sum()) < float(errors("mse").sum())
+
+
+@pytest.mark.parametrize("group_size", [-1, 0, 8, 7])
+def test_hessian_search_with_weights_that_count_alike_is_mse(group_size: int) -> None:
+    weight = _weight(6, 32)
+    expected = fit_grid(weight, 3, group_size, False, "mse")
+    for importance in (None, torch.full((1, 32), 1.0), torch.full((6, 32), 1.0)):
+        grid = fit_grid(weight, 3, group_size, False, "hessian", importance)
+        assert torch.equal(grid.scale, expected.scale)
+        assert grid.zero_point is not None
+        assert expected.zero_point is not None
+        assert torch.equal(grid.zero_point, expected.zero_point)
+
+
+def test_asymmetric_search_clips_one_end_alone() -> None:
+    # Nine weights evenly from -4 to 4 and one far out: clipping it, at almost no cost, leaves all others on levels.
+    weight = torch.tensor([[-4.0, -3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0, 30.0]])
+    importance = torch.ones(1, 10)
+    importance[0, 9] = 1e-4
+    grid = fit_grid(weight, 4, -1, False, "hessian", importance)
+    squares = (grid.round(weight).dequantize() - weight).square()
+    # Shrunk with one factor to a step near 1 the range would end above -2; clipping -4 and -3 costs more than 2.
+    assert float(squares[0, :9].sum()) < 1
+    assert float(squares[0, 9]) > 100
+
+
+def test_weights_searched_together_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, importance = _weight(7, 24), torch.rand(7, 24, generator=torch.Generator().manual_seed(0))
+    expected = fit_grid(weight, 3, 8, False, "hessian", importance)
+    monkeypatch.setattr(passes.affine_grid, "WEIGHTS_AT_ONCE", 48)
+    actual = fit_grid(weight, 3, 8, False, "hessian", importance)
+    assert torch.equal(actual.scale, expected.scale)

@@ -1,7 +1,12 @@
 """GPTQ on one layer, beside the authors' implementation: python -m tools.bench.gptq_layer [--reference PATH]
 
-PATH is a checkout of https://github.com/IST-DASLab/gptq. Both get the same weight and Hessian in the same process on
-one thread; errors are relative layer errors tr(E H E^T) / tr(W H W^T), seconds the best of --repeat runs, in turn.
+PATH is a checkout of https://github.com/IST-DASLab/gptq. All get the same weight and Hessian in the same process on one
+thread; errors are relative layer errors tr(E H E^T) / tr(W H W^T), seconds the best of --repeat runs, in turn.
+
+    plain     the algorithm of the reference: min-max grids, one pass over the columns
+    refined   what passes.gptq does when nothing is said: grids by the Hessian's diagonal, and passes.refine after it
+
+Ratios are to the reference with the same bits, groups, symmetry and order of columns.
 """
 
 import argparse
@@ -26,7 +31,7 @@ from tools.bench.problem import LayerProblem, layer_problem
 Quantize = Callable[[LayerProblem, GPTQ], Tensor]
 
 
-def ours(problem: LayerProblem, options: GPTQ) -> Tensor:
+def refined(problem: LayerProblem, options: GPTQ) -> Tensor:
     """The dequantized weight by passes.gptq."""
     return quantize_weight(problem.weight, problem.hessian, options).dequantize()
 
@@ -73,6 +78,11 @@ def _by_reference(gptq: Any, quant: Any, problem: LayerProblem, options: GPTQ) -
     return layer.weight.data
 
 
+def plain(problem: LayerProblem, options: GPTQ) -> Tensor:
+    """The dequantized weight by passes.gptq as it was published."""
+    return refined(problem, dataclasses.replace(options, scale_search="minmax", refine=0))
+
+
 def measure(problem: LayerProblem, options: GPTQ, rivals: list[Quantize], repeat: int) -> list[tuple[float, float]]:
     """(error, seconds) of each rival."""
     errors, seconds = [0.0] * len(rivals), [float("inf")] * len(rivals)
@@ -84,45 +94,54 @@ def measure(problem: LayerProblem, options: GPTQ, rivals: list[Quantize], repeat
     return list(zip(errors, seconds, strict=True))
 
 
-def report(sizes: list[int], options: list[GPTQ], rivals: list[Quantize], repeat: int) -> None:
-    """Print one line for each size and set of options."""
-    columns = ["size", "bits", "group", "act_order", "symmetric", "error", "seconds"]
-    if len(rivals) > 1:
-        columns += ["ref. error", "ref. seconds", "error ratio", "time ratio"]
+def report(problems: list[tuple[int, int]], options: list[GPTQ], theirs: Quantize | None, repeat: int) -> None:
+    """Print one line for each (size, seed) and set of options."""
+    columns = ["size", "seed", "bits", "group", "symmetric", "act_order", "plain: error", "s", "refined: error", "s"]
+    if theirs is not None:
+        columns += ["reference: error", "s", "plain: error ratio", "time ratio", "refined: error ratio", "time ratio"]
     print("| " + " | ".join(columns) + " |")
     print("|" + "---|" * len(columns))
-    for size in sizes:
-        problem = layer_problem(size)
+    for size, seed in problems:
+        problem = layer_problem(size, seed)
         for chosen in options:
-            results = measure(problem, chosen, rivals, repeat)
-            (error, seconds), *others = results
-            cells: list[object] = [size, chosen.bits, chosen.group_size, chosen.act_order, chosen.symmetric]
-            cells += [f"{error:.5f}", f"{seconds:.3f}"]
-            for other_error, other_seconds in others:
-                cells += [f"{other_error:.5f}", f"{other_seconds:.3f}"]
-                cells += [f"{error / other_error:.4f}", f"{seconds / other_seconds:.2f}"]
+            results = measure(problem, chosen, [plain, refined, *([theirs] if theirs else [])], repeat)
+            cells: list[object] = [size, seed, chosen.bits, chosen.group_size, chosen.symmetric, chosen.act_order]
+            for error, seconds in results:
+                cells += [f"{error:.5f}", f"{seconds:.3f}"]
+            if theirs is not None:
+                for error, seconds in results[:2]:
+                    cells += [f"{error / results[2][0]:.4f}", f"{seconds / results[2][1]:.2f}"]
             print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
 
 def main() -> None:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(description="GPTQ on one layer: error and seconds")
-    parser.add_argument("--sizes", default="512,1024", help="sizes of the square layer problems")
+    parser.add_argument("--sizes", default="1024", help="sizes of the square layer problems")
+    parser.add_argument("--seeds", default="0", help="seeds of the problems")
+    parser.add_argument("--bits", default="4,3")
+    parser.add_argument("--groups", default="128,-1", help="group sizes; -1 is one per output channel")
+    parser.add_argument("--natural-order", action="store_true", help="columns as they come instead of act_order")
     parser.add_argument("--reference", type=Path, help="checkout of IST-DASLab/gptq to compare with")
     parser.add_argument("--repeat", type=int, default=3)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    sizes = [int(size) for size in arguments.sizes.split(",")]
-    base = GPTQ(damp=0.01)
+
+    def numbers(text: str) -> list[int]:
+        return [int(number) for number in text.split(",")]
+
+    problems = list(itertools.product(numbers(arguments.sizes), numbers(arguments.seeds)))
     options = [
-        dataclasses.replace(base, bits=bits, group_size=group_size, act_order=act_order, symmetric=symmetric)
-        for bits, group_size, act_order, symmetric in itertools.product((4, 3), (-1, 128), (False, True), (False, True))
+        GPTQ(bits=bits, group_size=group_size, symmetric=symmetric, act_order=not arguments.natural_order)
+        for bits, group_size, symmetric in itertools.product(
+            numbers(arguments.bits), numbers(arguments.groups), (False, True)
+        )
     ]
     if arguments.reference is None:
-        report(sizes, options, [ours], arguments.repeat)
+        report(problems, options, None, arguments.repeat)
     else:
         with reference(arguments.reference) as theirs:
-            report(sizes, options, [ours, theirs], arguments.repeat)
+            report(problems, options, theirs, arguments.repeat)
 
 
 if __name__ == "__main__":
