@@ -7,4 +7,5 @@ python3 -m venv "$venv"
 "$venv/bin/python" -m pip install --quiet --editable '.[dev]'
 "$venv/bin/ruff" check .
 "$venv/bin/mypy"
-exec "$venv/bin/python" -m pytest "$@"
+# One process a core, one thread each: threads of several processes would wait for each other.
+OMP_NUM_THREADS=1 exec "$venv/bin/python" -m pytest --numprocesses auto --dist loadfile "$@"
