@@ -8,4 +8,4 @@ python3 -m venv "$venv"
 "$venv/bin/ruff" check .
 "$venv/bin/mypy"
 # One process a core, one thread each: threads of several processes would wait for each other.
-OMP_NUM_THREADS=1 exec "$venv/bin/python" -m pytest --numprocesses auto --dist loadfile "$@"
+exec env OMP_NUM_THREADS=1 "$venv/bin/python" -m pytest --numprocesses auto --dist loadfile "$@"
