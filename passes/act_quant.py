@@ -2,7 +2,8 @@
 
 Static: one range for a tensor. Placement, by TargetRules:
  1. the input of every layer that runs on integers is quantized for that layer;
- 2. conv_outputs: a convolution's output, taken after its ReLU or cap, is quantized for all its readers;
+ 2. conv_outputs: a convolution's output, taken after its ReLU or cap, is quantized for all its readers; a cap per
+    channel behind that ReLU is quantized too, and both get the cap's range, so that only one of them rounds;
  3. integer_elementwise: so is the output of an add, concat or average pooling whose inputs are all quantized; an
     operator that only moves values (max pooling, reshape) hands the range of its input on, which changes no value;
  4. quantized_skip: where a convolution's output is added to something, that something is quantized and the
@@ -159,6 +160,9 @@ def place(program: Program, layers: list[Layer]) -> list[Point]:
             points[end] = Point(end, None, end)
         elif node.target in MOVES and node.args[0] in points and points[node.args[0]].readers is None:
             points[node] = Point(node, None, points[node.args[0]].range_of)
+        elif is_cap(node) and node.args[0] in points:
+            points[node] = Point(node, None, node)
+            points[node.args[0]].range_of = node
         elif node.target is aten.add.Tensor and rules.quantized_skip:
             skip = skip_operand(node, convs)
             if skip is not None:
@@ -175,6 +179,14 @@ def after_activation(node: fx.Node) -> fx.Node:
     """The node behind the ReLU or cap that alone reads `node`, else the node itself."""
     user = single_user(node)
     return user if user is not None and user.target in ACTIVATIONS else node
+
+
+def is_cap(node: fx.Node) -> bool:
+    """True when the node is a minimum with a constant, and the only reader of its value."""
+    if node.target is not aten.minimum.default:
+        return False
+    value, limit = node.all_input_nodes
+    return single_user(value) is node and constant_root(limit) is not None
 
 
 def all_quantized(node: fx.Node, points: dict[fx.Node, Point]) -> bool:

@@ -11,6 +11,11 @@ makes both equal to sqrt(r1_i r2_i), the choice that maximizes the product of th
 a layer (a depthwise convolution is second of one pair and first of the next) disturb each other, so all pairs are
 visited again until no scale moves. A dead channel (no range on one side) keeps s_i = 1.
 
+That serves the weights. The rounding of the activation between the layers costs least when its own channels have equal
+ranges a_i (largest magnitudes on calibration data), which s_i = a_i would bring about. `activations` t mixes the two:
+
+    s_i = (a_i / max a)^t (r1_i / r2_i)^((1 - t) / 2)
+
 A cap is scaled with its channel: min(relu(z), c) / s = min(relu(z / s), c / s). It becomes relu followed by a minimum
 with a constant per channel; the activation between the two can be quantized, which keeps the convolution on integers.
 """
@@ -24,12 +29,16 @@ from torch import Tensor, fx
 
 from passes.base import ChannelStatistics, Pass, PassError, PassResult, Program, Skip
 from passes.calibration import watch_values
-from passes.equalize_pairs import Pair, find_pairs, observe_shapes, set_cap
+from passes.equalize_pairs import Pair, channel_axis, find_pairs, observe_shapes, set_cap
 from passes.graph import Layer, aten, bias_of, set_bias, set_weight, weight_of
 
 DEAD = 2.0**-20
 """A channel whose range is below this part of its layer's largest is dead: no code of 8 bits would ever tell it from 0,
 and equalizing it would multiply its bias by a thousand and more."""
+
+QUIET = 1 / 16
+"""A channel whose activation stays below this part of the largest counts as if it reached it: the less a channel is
+seen, the less is known about it, and its weights would grow out of proportion."""
 
 KEEP_CAP = 0.05
 """A capped pair whose scales all lie within this many octaves of 1 stays as it is: not worth a minimum."""
@@ -41,6 +50,7 @@ class CrossLayerEqualization(Pass):
 
     iterations     most visits to every pair
     tolerance      converged when no scale moves by more than this many octaves in one visit
+    activations    t above; 0 is the paper's rule, for weights alone
     replace_relu6  drop the cap of a ReLU6 (any clamp from 0) that calibration never reaches; changes the float function
                    for inputs beyond it
     """
@@ -53,10 +63,15 @@ class CrossLayerEqualization(Pass):
 
     iterations: int = 40
     tolerance: float = 1e-3
+    activations: float = 0.4
     replace_relu6: bool = False
 
     def requires(self, program: Program) -> None:
-        """One batch must be there to know the shapes by."""
+        """One batch must be there to know the shapes by, and the share must be one."""
+        if not 0 <= self.activations <= 1:
+            raise PassError(
+                f"cle: activations={self.activations} is not between 0 and 1", fix="use cle:activations=0.4"
+            )
         if not program.calibration.batches:
             raise PassError("cle needs calibration data", fix="give --calib")
 
@@ -72,7 +87,7 @@ class CrossLayerEqualization(Pass):
             skipped += kept
         ranges = {layer.node: _Ranges(graph, layer) for pair in pairs for layer in (pair.first, pair.second)}
         before = _figures(pairs, ranges)
-        scales, visits = self._equalize(pairs, ranges)
+        scales, visits = self._equalize(pairs, ranges, _activation_ranges(program, pairs, ranges))
         for pair, scale in zip(pairs, scales, strict=True):
             if pair.caps and float(scale.log2().abs().max()) < KEEP_CAP:
                 ranges[pair.first.node].scale_outputs(scale)
@@ -85,15 +100,19 @@ class CrossLayerEqualization(Pass):
         _write(program, pairs, scales)
         return PassResult(tuple(pair.name for pair in pairs), tuple(skipped), measured)
 
-    def _equalize(self, pairs: list[Pair], ranges: Mapping[fx.Node, "_Ranges"]) -> tuple[list[Tensor], int]:
+    def _equalize(
+        self, pairs: list[Pair], ranges: Mapping[fx.Node, "_Ranges"], activations: list[Tensor]
+    ) -> tuple[list[Tensor], int]:
         """Scales [channels] of each pair, and how often all pairs were visited."""
         live = [_live(*_pair_ranges(pair, ranges)) for pair in pairs]
         scales = [torch.ones(mask.shape, dtype=torch.float64) for mask in live]
         for visit in range(self.iterations):
             moved = 0.0
-            for pair, mask, total in zip(pairs, live, scales, strict=True):
+            for pair, mask, total, seen in zip(pairs, live, scales, activations, strict=True):
                 r1, r2 = _pair_ranges(pair, ranges)
-                scale = torch.where(mask, (r1 * r2).sqrt() / r2, torch.ones_like(r1))
+                a = _relative(seen / total)
+                scale = a**self.activations * (r1 / r2) ** ((1 - self.activations) / 2)
+                scale = torch.where(mask, scale, torch.ones_like(r1))
                 ranges[pair.first.node].scale_outputs(1 / scale)
                 ranges[pair.second.node].scale_inputs(scale[pair.channel])
                 total *= scale
@@ -146,6 +165,29 @@ def _pair_ranges(pair: Pair, ranges: Mapping[fx.Node, _Ranges]) -> tuple[Tensor,
     r1 = ranges[pair.first.node].outputs()
     columns = ranges[pair.second.node].inputs()
     return r1, torch.zeros_like(r1).scatter_reduce(0, pair.channel, columns, "amax")
+
+
+def _activation_ranges(program: Program, pairs: list[Pair], ranges: Mapping[fx.Node, "_Ranges"]) -> list[Tensor]:
+    """Largest magnitude [channels] on calibration data of what each pair's second layer reads."""
+    sources: dict[fx.Node, list[int]] = {}
+    for index, pair in enumerate(pairs):
+        sources.setdefault(pair.second.input, []).append(index)
+    seen = [torch.zeros_like(ranges[pair.first.node].outputs()) for pair in pairs]
+
+    def watch(node: fx.Node, value: Tensor) -> None:
+        for index in sources.get(node, []):
+            pair = pairs[index]
+            rows = value.movedim(channel_axis(pair.second, value.dim()), 0).flatten(1)
+            seen[index].scatter_reduce_(0, pair.channel, rows.abs().amax(1).double(), "amax")
+
+    watch_values(program.graph, program.calibration.batches, watch)
+    return seen
+
+
+def _relative(activations: Tensor) -> Tensor:
+    """Each channel's range as a part of the largest; 1 for channels that were never seen to be active."""
+    largest = activations.max()
+    return torch.where(activations > DEAD * largest, activations / largest, 1.0).clamp_min(QUIET)
 
 
 def _live(r1: Tensor, r2: Tensor) -> Tensor:

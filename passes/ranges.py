@@ -4,11 +4,13 @@
     symmetric    s = max|x| / (2^(b-1) - 1), z = 0,               codes in [-2^(b-1), 2^(b-1) - 1]
 
 [lo, hi] always holds 0, so that zero (padding, ReLU) is exact. It is the observed range (minmax), the range without the
-outermost share of the values (percentile), or the shrunken range whose rounding and clipping error, summed over the
-histogram, is smallest (mse).
+outermost share of the values (percentile), or the shrunken or widened range whose rounding and clipping error, summed
+over the histogram, is smallest (mse). Widening pays for values on a lattice, such as grey levels: k steps of the range
+fall on them exactly for the right k.
 """
 
 import dataclasses
+import math
 from typing import Literal
 
 import numpy as np
@@ -19,7 +21,8 @@ Method = Literal["minmax", "percentile", "mse"]
 
 BINS = 2048
 EQUAL = 1e-9  # shares closer than this are one: they are sums of counts
-SHRINKS = torch.linspace(1.0, 0.3, 71)  # candidate shares of the observed range; the first is the whole
+STEP = 0.01
+SHARES = tuple(1.1 - STEP * step for step in range(81))  # candidate shares of the observed range
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,13 +74,22 @@ def choose_range(seen: Observer, bits: int, symmetric: bool, method: Method, per
             high = max(seen.low + width * (int(np.searchsorted(share, 1 - cut - EQUAL)) + 1), 0.0)
         return as_range(low, high, bits, symmetric)
     centers = seen.low + (torch.arange(BINS, dtype=torch.float64) + 0.5) * width
-    candidates = [as_range(low * f, high * f, bits, symmetric) for f in SHRINKS.tolist()]
+
+    def error(candidate: QuantRange) -> float:
+        return expected_error(candidate, centers, counts)
+
+    def scaled(share: float) -> QuantRange:
+        return as_range(low * share, high * share, bits, symmetric)
+
+    best = min(SHARES, key=lambda share: error(scaled(share)))
+    steps = 2 ** (bits - 1) - 1 if symmetric else 2**bits - 1
+    whole = range(math.ceil(steps / (best + 2 * STEP)), math.floor(steps / (best - 2 * STEP)) + 1)
+    candidates = [scaled(best), *(scaled(steps / k) for k in whole)]  # k: the observed range is k steps
     if not symmetric and low < 0 < high:
         # The two ends are searched one after the other: a heavy tail on one side should not cost the other.
-        ends = [as_range(low * f, high, bits, symmetric) for f in SHRINKS.tolist()]
-        ends += [as_range(low, high * f, bits, symmetric) for f in SHRINKS.tolist()]
-        candidates += ends
-    return min(candidates, key=lambda candidate: expected_error(candidate, centers, counts))
+        candidates += [as_range(low * share, high, bits, symmetric) for share in SHARES]
+        candidates += [as_range(low, high * share, bits, symmetric) for share in SHARES]
+    return min(candidates, key=error)
 
 
 def as_range(low: float, high: float, bits: int, symmetric: bool) -> QuantRange:

@@ -179,6 +179,24 @@ def test_operators_that_move_values_keep_the_range_they_got() -> None:
     assert range_of(subject.graph, "adaptive_avg_pool2d") != range_of(subject.graph, "relu_2")
 
 
+def test_a_cap_per_channel_and_the_relu_in_front_of_it_round_once() -> None:
+    class Capped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.last = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 4, 1)
+            self.register_buffer("cap", torch.linspace(0.1, 0.6, 6).view(1, 6, 1, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(torch.minimum(torch.relu(self.conv(x)), self.cap))
+
+    subject = program(Capped(), ONNX)
+    ActQuant(method="minmax").run(subject)
+    assert range_of(subject.graph, "relu") == range_of(subject.graph, "minimum")
+    low, high = extremes(subject, "minimum")
+    assert range_of(subject.graph, "minimum")[0] == pytest.approx((high - low) / 255, rel=1e-6)
+    assert extremes(subject, "relu")[1] > high
+
+
 def test_minmax_ranges_are_those_of_the_calibration_data() -> None:
     subject = program(Net(), ONNX)
     ActQuant(method="minmax").run(subject)

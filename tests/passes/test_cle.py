@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from passes.base import PassError, PassResult, Program
+from passes.calibration import watch_values
 from passes.cle import CrossLayerEqualization
 from passes.fold_bn import FoldBatchNorm
 from passes.graph import aten, bias_of, find_layers, get_tensor, set_weight, tidy, weight_of
@@ -25,6 +26,8 @@ from tests.passes.nets import (
     seeded,
     spread_channels,
 )
+
+PAPER = CrossLayerEqualization(activations=0.0)
 
 
 def _equalize(module: nn.Module, x: Tensor, cle: CrossLayerEqualization | None = None) -> tuple[Program, PassResult]:
@@ -67,7 +70,7 @@ def test_function_stays(net: str, seed: int) -> None:
 @pytest.mark.parametrize("net", NETS)
 def test_every_pair_ends_with_equal_ranges(net: str) -> None:
     build, shape = NETS[net]
-    _, result = _equalize(spread_channels(seeded(build), 0), torch.zeros(shape))
+    _, result = _equalize(spread_channels(seeded(build), 0), torch.zeros(shape), PAPER)
     assert result.measured["mismatch_before"] > 4
     # The last visit moved no scale by more than 1e-3 octaves: a range moves by no more, a ratio of two by twice that,
     # and the neighbouring pairs were visited after it.
@@ -97,7 +100,7 @@ def test_scales_are_the_papers() -> None:
             return self.second(F.relu(self.first(x)))
 
     module = seeded(Two)
-    program, result = _equalize(module, torch.zeros(2, 5))
+    program, result = _equalize(module, torch.zeros(2, 5), PAPER)
     first, second = find_layers(program.graph)
     r1, r2 = module.first.weight.double().abs().amax(1), module.second.weight.double().abs().amax(0)
     s = (r1 * r2).sqrt() / r2
@@ -110,10 +113,68 @@ def test_scales_are_the_papers() -> None:
 def test_one_sweep_ends_worse() -> None:
     module = spread_channels(seeded(InvertedResidual), 3)
     x = torch.zeros(2, 3, 8, 8)
-    _, swept = _equalize(module, x, CrossLayerEqualization(iterations=1))
-    _, converged = _equalize(module, x)
+    _, swept = _equalize(module, x, CrossLayerEqualization(iterations=1, activations=0.0))
+    _, converged = _equalize(module, x, PAPER)
     assert swept.measured["mismatch_after"] > 1.5
     assert converged.measured["mismatch_after"] < 1.01
+
+
+def _input_ranges(program: Program) -> dict[str, Tensor]:
+    """Largest magnitude of each channel of the layers' inputs [N, channels, ...] on the calibration data."""
+    readers = {layer.input: layer.name for layer in find_layers(program.graph)}
+    seen: dict[str, Tensor] = {}
+
+    def watch(node: fx.Node, value: Tensor) -> None:
+        if node in readers:
+            largest = value.abs().movedim(1, 0).flatten(1).amax(1)
+            seen[readers[node]] = torch.maximum(largest, seen.get(readers[node], largest))
+
+    watch_values(program.graph, program.calibration.batches, watch)
+    return seen
+
+
+def test_activation_ranges_alone_become_equal() -> None:
+    cle = CrossLayerEqualization(activations=1.0)
+    program, _ = _equalize(spread_channels(seeded(InvertedResidual), 0), torch.zeros(2, 3, 8, 8), cle)
+    for layer in ("depthwise", "project"):
+        ranges = _input_ranges(program)[layer]
+        active = ranges[ranges > 0]
+        assert len(active) > len(ranges) / 2
+        assert active.max() / active.min() < 1.001  # float32 weights carry the scales
+    assert_same_function(program)
+
+
+def test_a_share_of_activation_ranges_brings_them_closer() -> None:
+    """Where all channels of a pair meet: (a / max a)^t (r1 / r2)^((1 - t) / 2) = 1."""
+    spreads = []
+    for share in (0.0, 0.5):
+        cle = CrossLayerEqualization(activations=share)
+        program, result = _equalize(seeded(InvertedResidual), torch.zeros(2, 3, 8, 8), cle)
+        ranges = _input_ranges(program)["project"]
+        active = ranges > ranges.max() / 16  # a quieter one counts as if it reached that
+        spreads.append(float(ranges.max() / ranges[active].min()))
+        assert result.measured["iterations"] < 40
+    layers = {layer.name: weight_of(program.graph, layer) for layer in find_layers(program.graph)}
+    r1, r2 = layers["depthwise"].flatten(1).abs().amax(1), layers["project"].abs().amax((0, 2, 3))
+    # Scales of the last visit differ from 1 by at most 1e-3 octaves, and the neighbouring pair moved after that.
+    met = ((ranges / ranges.max()) ** 0.5 * (r1 / r2) ** 0.25)[active]
+    torch.testing.assert_close(met, torch.ones_like(met), rtol=4e-3, atol=0)
+    assert spreads[1] < spreads[0]
+
+
+def test_channels_that_calibration_never_sees_active_stay_within_bounds() -> None:
+    module = seeded(FeedForward)
+    module.fc1.bias.data[:3] = -1e3
+    program, _ = _equalize(module, torch.zeros(2, 5, 12))
+    weights = {layer.name: weight_of(program.graph, layer) for layer in find_layers(program.graph)}
+    assert weights["fc1"][:3].abs().max() <= weights["fc1"].abs().max()
+    assert (weights["fc1"][:3].abs().amax(1) < 4 * weights["fc1"][3:].abs().amax()).all()
+
+
+def test_shares_outside_0_to_1_are_refused() -> None:
+    program = program_of(seeded(FeedForward), {"x": torch.zeros(2, 5, 12)})
+    with pytest.raises(PassError, match="activations=2"):
+        CrossLayerEqualization(activations=2).requires(program)
 
 
 def test_dead_channels_keep_their_scale() -> None:
@@ -213,8 +274,8 @@ def test_a_cap_in_front_of_a_flatten() -> None:
 
 
 def test_caps_of_equalized_pairs_stay_as_they_are() -> None:
-    program, _ = _equalize(_capped(), torch.zeros(2, 3, 8, 8))
-    again = CrossLayerEqualization().run(program)
+    program, _ = _equalize(_capped(), torch.zeros(2, 3, 8, 8), PAPER)
+    again = PAPER.run(program)
     assert again.measured["mismatch_after"] < 1.01
 
     class Balanced(nn.Module):
@@ -229,7 +290,7 @@ def test_caps_of_equalized_pairs_stay_as_they_are() -> None:
     module = Balanced()
     nn.init.eye_(module.first.weight)
     nn.init.eye_(module.second.weight)
-    program, _ = _equalize(module, torch.zeros(2, 4))
+    program, _ = _equalize(module, torch.zeros(2, 4), PAPER)
     assert count(program.graph, aten.minimum.default) == 0
     assert torch.equal(weight_of(program.graph, find_layers(program.graph)[0]), torch.eye(4))
 

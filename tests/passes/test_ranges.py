@@ -120,6 +120,15 @@ def test_percentile_of_values_on_one_side_of_zero_cuts_that_side() -> None:
     assert negative.scale * 255 == pytest.approx(1.0, abs=50 / BINS)
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_values_on_a_lattice_are_exact(symmetric: bool) -> None:
+    """17 grey levels in [-1, 1]: 16 intervals of 15 steps each are exact; 255 steps in all, or 254, are not."""
+    values = torch.linspace(-1, 1, 17).repeat(100)
+    chosen = choose_range(observed(values), 8, symmetric, "mse", 100)
+    assert chosen.scale == pytest.approx(1 / 120)
+    assert error(values, chosen) < 1e-12
+
+
 def test_mse_shrinks_each_end_by_itself() -> None:
     values = torch.randn(20000, generator=torch.Generator().manual_seed(0))
     values[0] = 40.0
