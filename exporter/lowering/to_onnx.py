@@ -198,6 +198,9 @@ def expand(model: ir.Model, dialect: Dialect) -> dict[str, str]:
                 marks[name] = result
         _substitute(model, node, builder.nodes, result)
     _clean(model)
+    for name, value in marks.items():
+        if value.producer() is not None and not value.is_graph_output():
+            value.name = f"{name}/output"
     return {name: str(value.name) for name, value in marks.items()}
 
 
