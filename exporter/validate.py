@@ -26,7 +26,7 @@ from torch import Tensor, fx
 from exporter.errors import InputError
 from exporter.load import resolve_callable
 from exporter.lowering.fuse import quantized_weight
-from exporter.lowering.lowered import Lowered
+from exporter.lowering.lowered import Lowered, LoweredLayer
 from exporter.lowering.ops import MARK
 from exporter.metrics import Comparison, Figures, sqnr_db
 from exporter.report import LayerDiff, LayerSqnr
@@ -106,7 +106,7 @@ def _layer_diff(
     float_layer: Layer,
     layer: Layer,
     comparison: _LayerComparison,
-    stored: Any,
+    stored: LoweredLayer | None,
     kernel: str | None,
 ) -> LayerDiff:
     weight = get_tensor(twin, float_layer.weight)
