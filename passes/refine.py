@@ -42,13 +42,21 @@ def refine(
         hessians = hessian.float().view(-1, *hessian.shape[-2:])
         outputs = target.shape[0] // len(hessians)
         at_once = outputs if quantized.group_size == 0 else OUTPUTS_AT_ONCE
-        parts = [_Part(target, quantized, len(hessians), start, at_once) for start in range(0, outputs, at_once)]
-        for part in parts:
+        codes, scale = [], []
+        for start in range(0, outputs, at_once):
+            part = _Part(target, quantized, len(hessians), start, at_once)
             for _ in range(rounds):
                 _step_codes(part, hessians)
                 if scales:
                     _step_scales(part, hessians, target.dtype)
-        return _stored(parts, quantized)
+            codes.append(part.stored_codes().to(quantized.codes.dtype))
+            scale.append(part.scale)
+        return dataclasses.replace(quantized, codes=_joined(codes), scale=_joined(scale))
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """[problems * outputs, x] from runs of outputs [problems, x, outputs]."""
+    return torch.cat(parts, dim=-1).mT.flatten(0, 1)
 
 
 class _Part:
@@ -73,15 +81,17 @@ class _Part:
         self.width = group_columns(target.shape[1], quantized.group_size)
         self.weight, self.codes, self.scale = map(part_of, (target, quantized.codes, quantized.scale))
         low, high = code_range(quantized.bits, quantized.zero_point is None)
-        self.low, self.high = torch.full_like(self.scale, low), torch.full_like(self.scale, high)
-        if quantized.zero_point is not None:
-            zero = part_of(quantized.zero_point)
-            self.low -= zero
-            self.high -= zero
-            self.codes -= zero.repeat_interleave(self.width, dim=1)[:, : target.shape[1]]
+        zero = torch.zeros_like(self.scale) if quantized.zero_point is None else part_of(quantized.zero_point)
+        self.low, self.high = low - zero, high - zero
+        self.zero = zero.repeat_interleave(self.width, dim=1)[:, : target.shape[1]]  # [problems or 1, in, outputs or 1]
+        self.codes -= self.zero
         self.errors = torch.empty_like(self.weight)
         for group in range(self.scale.shape[1]):
             self.set_scale(group, self.scale[:, group : group + 1])
+
+    def stored_codes(self) -> Tensor:
+        """Codes as they are stored, whole numbers, [problems, in, outputs]."""
+        return (self.codes + self.zero).round_()
 
     def columns(self, group: int) -> slice:
         """The columns of a group."""
@@ -130,16 +140,3 @@ def _step_scales(part: _Part, hessians: Tensor, dtype: torch.dtype) -> None:
         # The error is a parabola of the scale. Codes that are all zero have no best scale: nan is not nearer.
         nearer = (new > 0) & ((new - best).abs() < (old - best).abs())
         part.set_scale(group, torch.where(nearer, new, old))
-
-
-def _stored(parts: list[_Part], quantized: AffineWeight) -> AffineWeight:
-    """`quantized` with the codes and scales of all its parts."""
-
-    def join(values: list[Tensor]) -> Tensor:
-        return torch.cat(values, dim=-1).mT.flatten(0, 1)
-
-    codes, scale = join([part.codes for part in parts]), join([part.scale for part in parts])
-    if quantized.zero_point is not None:
-        width = group_columns(codes.shape[1], quantized.group_size)
-        codes = codes + quantized.zero_point.repeat_interleave(width, dim=1)[:, : codes.shape[1]]
-    return dataclasses.replace(quantized, codes=codes.round_().to(quantized.codes.dtype), scale=scale)

@@ -100,7 +100,7 @@ def test_no_single_code_is_worth_changing_at_the_end(group_size: int, symmetric:
 @pytest.mark.parametrize("group_size", [-1, 0, 8])
 def test_scales_solve_the_least_squares_problem_of_their_codes(group_size: int, symmetric: bool) -> None:
     weight, hessian = _problem(5, 16)
-    # At eight bits codes stop changing, and rounds of single scales then converge to the joint solution.
+    # Codes stop changing long before the end; rounds of single scales then converge to the joint solution.
     better = refine(weight, hessian, _rounded(weight, 2, group_size, symmetric), rounds=200)
     width = group_columns(16, better.group_size)
     groups = 16 // width
