@@ -5,7 +5,7 @@ logits on the 700 test images against the float network, of the quantized graph 
 onnxruntime as shipped, and the change of accuracy of the latter in points; seconds are those of the passes over all
 networks. Calibration sees 205 training images: what `qexport MODEL --passes ROW --calib` does with the committed ones.
 
-PEERS are other tools' best figures, measured once on networks of the same make and other weights.
+PEERS are other tools' figures with weights per tensor, measured once on networks of the same make and other weights.
 """
 
 import argparse
@@ -37,9 +37,11 @@ NETS = ("mobilenet_relu", "mobilenet_spread", "mobilenet", "mobilenet_high_bias"
 ROWS = (
     "act-quant,rtn:group_size=0",
     "cle:activations=0,act-quant,rtn:group_size=0,bias-correct",
+    "cle,act-quant,rtn:group_size=0,bias-correct:source=analytic",
     "cle,act-quant,rtn:group_size=0,bias-correct",
     "cle,gptaq:group_size=0",
     "cle,absorb-bias,gptaq:group_size=0",
+    "cle:activations=0,absorb-bias,gptaq:group_size=0",
     "cle,absorb-bias,gptaq:group_size=0,bias-correct",
     "cle,absorb-bias,gptaq",
 )
