@@ -140,9 +140,17 @@ class ActQuant(Pass):
             watch_values(program.graph, program.calibration.batches, count)
         symmetric = self.symmetric or program.rules.symmetric_activations
         return {
-            node: choose_range(observer, self.bits, symmetric, self.method, self.percentile)
+            node: choose_range(observer, self.bits, symmetric, self.method, self.percentile, ceiling_of(node))
             for node, observer in seen.items()
         }
+
+
+def ceiling_of(node: fx.Node) -> float:
+    """What the value of a cap cannot pass; infinity for other operators."""
+    if node.target not in (aten.hardtanh.default, aten.clamp.default):
+        return math.inf
+    top = node.args[2] if len(node.args) > 2 else (1.0 if node.target is aten.hardtanh.default else None)
+    return float(top) if isinstance(top, int | float) and top > 0 else math.inf
 
 
 def place(program: Program, layers: list[Layer]) -> list[Point]:

@@ -58,8 +58,14 @@ class Observer:
             self.counts += torch.histc(value.float(), BINS, self.low, self.high).double()
 
 
-def choose_range(seen: Observer, bits: int, symmetric: bool, method: Method, percentile: float) -> QuantRange:
-    """The range of `bits` bits for what an observer saw; `percentile` is the share of values kept, in percent."""
+def choose_range(
+    seen: Observer, bits: int, symmetric: bool, method: Method, percentile: float, ceiling: float = math.inf
+) -> QuantRange:
+    """The range of `bits` bits for what an observer saw; `percentile` is the share of values kept, in percent.
+
+    `ceiling` is what the values cannot pass (6 behind a ReLU6): the range does not either, so that a quantizer makes
+    the cap in front of it redundant.
+    """
     low, high = min(seen.low, 0.0), max(seen.high, 0.0)
     counts = seen.counts
     if method == "minmax" or counts is None or high == low:
@@ -81,7 +87,10 @@ def choose_range(seen: Observer, bits: int, symmetric: bool, method: Method, per
     def scaled(share: float) -> QuantRange:
         return as_range(low * share, high * share, bits, symmetric)
 
-    best = min(SHARES, key=lambda share: error(scaled(share)))
+    def fits(candidate: QuantRange) -> bool:
+        return (candidate.quant_max - candidate.zero_point) * candidate.scale <= ceiling * (1 + EQUAL)
+
+    best = min((share for share in SHARES if fits(scaled(share))), key=lambda share: error(scaled(share)))
     steps = 2 ** (bits - 1) - 1 if symmetric else 2**bits - 1
     whole = range(math.ceil(steps / (best + 2 * STEP)), math.floor(steps / (best - 2 * STEP)) + 1)
     candidates = [scaled(best), *(scaled(steps / k) for k in whole)]  # k: the observed range is k steps
@@ -89,7 +98,7 @@ def choose_range(seen: Observer, bits: int, symmetric: bool, method: Method, per
         # The two ends are searched one after the other: a heavy tail on one side should not cost the other.
         candidates += [as_range(low * share, high, bits, symmetric) for share in SHARES]
         candidates += [as_range(low, high * share, bits, symmetric) for share in SHARES]
-    return min(candidates, key=error)
+    return min(filter(fits, candidates), key=error)
 
 
 def as_range(low: float, high: float, bits: int, symmetric: bool) -> QuantRange:

@@ -142,3 +142,15 @@ def test_expected_error_is_that_of_the_histogram() -> None:
     centers, counts = torch.tensor([0.1, 0.9, 3.0]).double(), torch.tensor([2.0, 1.0, 5.0]).double()
     found = expected_error(QuantRange(1.0, 0, 0, 2), centers, counts)
     assert found == pytest.approx(2 * 0.1**2 + 0.1**2 + 5 * 1.0**2)
+
+
+def test_a_range_does_not_pass_the_ceiling_of_its_values() -> None:
+    # steps of 0.5 between 0 and 6: the lattice asks for a range a little wider than 6
+    values = torch.arange(13).repeat(50) * 0.5
+    observer = Observer()
+    observer.see(values)
+    observer.count(values)
+    free = choose_range(observer, 8, False, "mse", 99.99)
+    capped = choose_range(observer, 8, False, "mse", 99.99, 6.0)
+    assert (free.quant_max - free.zero_point) * free.scale > 6.0
+    assert (capped.quant_max - capped.zero_point) * capped.scale <= 6.0 * (1 + 1e-9)
