@@ -122,7 +122,9 @@ class WeightPass(Pass):
         changed, skipped = [], []
         walk = Walk(program)
         stored_bits = weights = 0.0
-        for layer in program.layers():
+        layers = program.layers()
+        for done, layer in enumerate(layers):
+            program.on_step(layer.name, done, len(layers))
             try:
                 options = self._for_layer(program, layer)
                 reason = options._reason_to_skip(program, layer)
