@@ -25,7 +25,7 @@ from passes.gptq import GPTQ
 from passes.graph import Layer
 from passes.ops import FAKE_QUANTIZE, FAKE_QUANTIZE_DYNAMIC
 from passes.refit_ranges import refit_ranges
-from passes.weight_pass import Walk
+from passes.walk import Walk
 from passes.weights import AffineWeight
 
 Activations = Literal["static", "rtn", "token", "reoptimize"]

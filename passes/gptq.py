@@ -29,9 +29,11 @@ from torch import Tensor
 
 from passes.affine_grid import AffineGrid, ScaleSearch, fit_grid
 from passes.base import PassError
+from passes.graph import Layer
 from passes.refine import refine
 from passes.threads import single_thread
-from passes.weight_pass import WeightPass
+from passes.walk import Walk
+from passes.weight_pass import GridPass
 from passes.weights import AffineWeight, group_columns
 
 MAX_DAMP = 10.0
@@ -42,8 +44,8 @@ OUTPUTS_AT_ONCE = 2048
 
 
 @dataclasses.dataclass(frozen=True)
-class GPTQ(WeightPass):
-    """Options of GPTQ, and its pass; see WeightPass for those that are not listed here.
+class GPTQ(GridPass):
+    """Options of GPTQ, and its pass; see GridPass for those that are not listed here.
 
     act_order   columns by decreasing diagonal of the Hessian; the groups' grids are then fixed in front (static
                 groups), so that a group stays a run of neighbours in the weight as stored. Without it a group's grid is
@@ -67,7 +69,7 @@ class GPTQ(WeightPass):
     name: ClassVar[str] = "gptq"
     summary: ClassVar[str] = "weights rounded column by column, each making up for the errors before it"
     paper: ClassVar[str] = "arXiv 2210.17323"
-    needs_hessian: ClassVar[bool] = True
+    needs_data: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -78,10 +80,9 @@ class GPTQ(WeightPass):
         if self.refine < 0:
             raise PassError(f"{self.name}: refine={self.refine} is negative", fix="use refine=4, or 0 for none")
 
-    def quantize(self, matrix: Tensor, hessian: Tensor | None) -> AffineWeight:
-        """quantize_weight with these options."""
-        assert hessian is not None
-        return quantize_weight(matrix, hessian, self)
+    def quantize_layer(self, matrix: Tensor, layer: Layer, walk: Walk) -> AffineWeight:
+        """quantize_weight with these options, on the layer's second moments."""
+        return quantize_weight(matrix, walk.hessian(layer), self)
 
 
 def quantize_weight(weight: Tensor, hessian: Tensor, options: GPTQ, grid: AffineGrid | None = None) -> AffineWeight:

@@ -2,7 +2,8 @@
 
     fake_quantize          x' = (clamp(round(x / s) + z, lo, hi) - z) s                one s, z for the tensor
     fake_quantize_dynamic  the same with z = 0 and s = max|x| / hi taken from each row, or block of a row, as it comes
-    dequantize             W[o, i] = (codes[o, i] - z[o, g]) s[o, g],   g = i // group_size
+    dequantize             W[o, i] = (codes[o, i] - z[o, g]) s[o, g],   g = i // group_size, or along the outputs
+    dequantize_codebook    blocks of W as sums of codebook entries, times a scale
 
 round is to nearest, ties to even, and the division is a division (not a multiplication by 1 / s): this is what ONNX's
 QuantizeLinear does, so eager torch and onnxruntime cross the same rounding boundaries.
@@ -47,28 +48,56 @@ def _(x: Tensor, bits: int, group_size: int) -> Tensor:
 
 
 @torch.library.custom_op("qexport::dequantize", mutates_args=())
-def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, group_size: int) -> Tensor:
+def dequantize(
+    codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, group_size: int, axis: int = 1
+) -> Tensor:
     """Float weight [out, in] of `codes` [out, in], `scale` and `zero_point` [out or 1, groups].
 
     group_size k > 0: groups of k inputs (the last may be shorter); -1: one group per output; 0: one for the tensor.
+    axis 0: groups of group_size outputs; `scale` and `zero_point` are [out / group_size, in].
     `bits` says how wide the codes are; it does not change the value.
     """
+    weight = codes.to(scale.dtype)
+    if axis == 0:
+        slabs: Tensor = weight.unflatten(0, (-1, scale.shape[0]))  # row h of every slab belongs to group h
+        slabs = (slabs if zero_point is None else slabs - zero_point) * scale
+        return slabs.flatten(0, 1)
     columns = codes.shape[1]
     if group_size <= 0 or group_size >= columns:
-        centred = codes.to(scale.dtype) if zero_point is None else codes.to(scale.dtype) - zero_point
-        return centred * scale
+        return (weight if zero_point is None else weight - zero_point) * scale
     index = torch.arange(columns, device=codes.device) // group_size
-    weight = codes.to(scale.dtype)
     if zero_point is not None:
         weight -= zero_point[:, index]
     return weight.mul_(scale[:, index])
 
 
 @dequantize.register_fake
-def _(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, group_size: int) -> Tensor:
+def _(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, group_size: int, axis: int = 1) -> Tensor:
     return torch.empty(codes.shape, dtype=scale.dtype, device=codes.device)
+
+
+@torch.library.custom_op("qexport::dequantize_codebook", mutates_args=())
+def dequantize_codebook(
+    codes: Tensor, codebooks: Tensor, scales: Tensor, scale_bits: int, codebook_value_bits: int
+) -> Tensor:
+    """Float weight [out, in]: block (a, b) is scales[a, b] sum_m codebooks[m, codes[a, b, m]].
+
+    `codes` [out / og, in / ig, M], `codebooks` [M, entries, og, ig], `scales` [out / og, 1 or in / ig].
+    `scale_bits` and `codebook_value_bits` say how these can be stored; they do not change the value.
+    """
+    blocks = codebooks[0][codes[..., 0].long()]  # [out / og, in / ig, og, ig]
+    for index in range(1, len(codebooks)):
+        blocks += codebooks[index][codes[..., index].long()]
+    blocks *= scales[:, :, None, None]
+    return blocks.transpose(1, 2).reshape(codes.shape[0] * codebooks.shape[2], codes.shape[1] * codebooks.shape[3])
+
+
+@dequantize_codebook.register_fake
+def _(codes: Tensor, codebooks: Tensor, scales: Tensor, scale_bits: int, codebook_value_bits: int) -> Tensor:
+    return codebooks.new_empty(codes.shape[0] * codebooks.shape[2], codes.shape[1] * codebooks.shape[3])
 
 
 FAKE_QUANTIZE = torch.ops.qexport.fake_quantize.default
 FAKE_QUANTIZE_DYNAMIC = torch.ops.qexport.fake_quantize_dynamic.default
 DEQUANTIZE = torch.ops.qexport.dequantize.default
+DEQUANTIZE_CODEBOOK = torch.ops.qexport.dequantize_codebook.default

@@ -10,13 +10,15 @@ from typing import ClassVar
 from torch import Tensor
 
 from passes.affine_grid import ScaleSearch, fit_grid
-from passes.weight_pass import WeightPass
+from passes.graph import Layer
+from passes.walk import Walk
+from passes.weight_pass import GridPass
 from passes.weights import AffineWeight
 
 
 @dataclasses.dataclass(frozen=True)
-class RTN(WeightPass):
-    """Options of round to nearest, and its pass; see WeightPass."""
+class RTN(GridPass):
+    """Options of round to nearest, and its pass; see GridPass."""
 
     bits: int = 8
     group_size: int = -1
@@ -27,7 +29,7 @@ class RTN(WeightPass):
     name: ClassVar[str] = "rtn"
     summary: ClassVar[str] = "weights rounded to the nearest level: 2, 3, 4 or 8 bits, no data needed"
 
-    def quantize(self, matrix: Tensor, hessian: Tensor | None) -> AffineWeight:
+    def quantize_layer(self, matrix: Tensor, layer: Layer, walk: Walk) -> AffineWeight:
         """quantize_weight with these options."""
         return quantize_weight(matrix, self)
 

@@ -1,26 +1,32 @@
-"""What a weight algorithm produces: integer codes and what turns them back into a float matrix.
+"""What a weight algorithm produces: codes, and what turns them back into a float matrix.
 
-    W[o, i] = (codes[o, i] - zero_point[o, g]) scale[o, g],   g = i // group_size
+AffineWeight    W[o, i] = (codes[o, i] - zero_point[o, g]) scale[o, g],   g = i // group_size           (axis 1)
+                W[o, i] = (codes[o, i] - zero_point[h, i]) scale[h, i],   h = o mod (out / group_size)  (axis 0)
+CodebookWeight  W[a p + r, b q + c] = scales[a, b] sum_m codebooks[m, codes[a, b, m], r, c],  p = og, q = ig
 
 Symmetric codes of b bits lie in [-2^(b-1), 2^(b-1) - 1] and have no zero point; asymmetric ones in [0, 2^b - 1].
 """
 
 import dataclasses
+import math
 
 import torch
 from torch import Tensor
 
-from passes.ops import dequantize
+from passes.ops import dequantize, dequantize_codebook
 
 
 @dataclasses.dataclass(frozen=True)
 class AffineWeight:
     """A quantized matrix [out, in]; a convolution's is [out, in / groups * kernel].
 
-    codes       [out, in]          int8 (symmetric) or uint8 (asymmetric)
-    scale       [out or 1, groups] float32
-    zero_point  as scale, or None  float32, whole numbers unless an algorithm says otherwise
-    group_size  k: groups of k inputs; -1: one per output channel; 0: one for the tensor
+    codes        [out, in]          int8 (symmetric) or uint8 (asymmetric)
+    scale        [out or 1, groups] float32; along axis 0: [out / group_size, in]
+    zero_point   as scale, or None  float32, whole numbers unless an algorithm says otherwise
+    group_size   k: groups of k inputs; -1: one per output channel; 0: one for the tensor
+    axis         1: groups along the inputs; 0: groups of group_size outputs, out / group_size apart, of one input
+    scale_codes, zero_codes   scale and zero_point as they are stored when they are quantized themselves: matrices
+                 [1, number of groups], whose values scale and zero_point hold
     """
 
     codes: Tensor
@@ -28,17 +34,89 @@ class AffineWeight:
     zero_point: Tensor | None
     bits: int
     group_size: int
+    axis: int = 1
+    scale_codes: "AffineWeight | None" = None
+    zero_codes: "AffineWeight | None" = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        rows, columns = self.codes.shape
+        return rows, columns
 
     def dequantize(self) -> Tensor:
         """The float matrix [out, in] this weight stands for."""
-        weight: Tensor = dequantize(self.codes, self.scale, self.zero_point, self.bits, self.group_size)
+        weight: Tensor = dequantize(self.codes, self.scale, self.zero_point, self.bits, self.group_size, self.axis)
         return weight
 
     @property
     def bits_per_weight(self) -> float:
-        """Nominal: code bits, a 16-bit scale and, if asymmetric, a `bits` wide zero point for each group."""
-        per_group = 16 + (0 if self.zero_point is None else self.bits)
-        return self.bits + per_group * self.scale.numel() / self.codes.numel()
+        """Nominal: code bits, and for each group a 16-bit scale and, if asymmetric, a zero point as wide as its kind.
+
+        A whole zero point takes `bits`, another 16 bits; a quantized scale or zero point what its own codes take.
+        """
+        count = self.scale.numel()
+        scales = self.scale_codes.bits_per_weight * count if self.scale_codes else 16.0 * count
+        zeros = 0.0
+        if self.zero_codes is not None:
+            zeros = self.zero_codes.bits_per_weight * count
+        elif self.zero_point is not None:
+            whole = bool((self.zero_point == self.zero_point.round()).all())
+            zeros = float(self.bits if whole else 16) * count
+        return self.bits + (scales + zeros) / self.codes.numel()
+
+
+@dataclasses.dataclass(frozen=True)
+class CodebookWeight:
+    """A matrix [out, in] of blocks og x ig, each the sum of one entry of every codebook (arXiv 2401.06118).
+
+    codes          [out / og, in / ig, num_codebooks]          uint8 up to 8 bits, int32 above
+    codebooks      [num_codebooks, 2^codebook_bits, og, ig]    float32
+    scales         [out / og, 1 or in / ig]                    float32
+    scale_bits     0, or an output group has at most 2^scale_bits distinct scales, so that a file can hold a table of
+                   them and say which each is
+    codebook_value_bits   0, or a codebook has at most 2^codebook_value_bits distinct values, likewise
+    """
+
+    codes: Tensor
+    codebooks: Tensor
+    scales: Tensor
+    scale_bits: int = 0
+    codebook_value_bits: int = 0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.codes.shape[0] * self.codebooks.shape[2], self.codes.shape[1] * self.codebooks.shape[3]
+
+    @property
+    def codebook_bits(self) -> int:
+        """Width of a code."""
+        return (self.codebooks.shape[1] - 1).bit_length()
+
+    def dequantize(self) -> Tensor:
+        """The float matrix [out, in] this weight stands for."""
+        weight: Tensor = dequantize_codebook(
+            self.codes, self.codebooks, self.scales, self.scale_bits, self.codebook_value_bits
+        )
+        return weight
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Nominal: code bits, 16-bit codebook values and scales, or their codes and 16-bit tables."""
+        bits = float(self.codes.numel() * self.codebook_bits)
+        bits += _table_bits(self.codebooks.flatten(1), self.codebook_value_bits)
+        bits += _table_bits(self.scales, self.scale_bits)
+        return bits / math.prod(self.shape)
+
+
+QuantWeight = AffineWeight | CodebookWeight
+"""What any weight algorithm may produce."""
+
+
+def _table_bits(values: Tensor, bits: int) -> float:
+    """Bits of `values` [rows, n] in 16 bits each, or as codes of `bits` into a table of 16-bit values for each row."""
+    return float(values.numel() * bits + len(values) * 2**bits * 16) if bits else 16.0 * values.numel()
 
 
 def code_range(bits: int, symmetric: bool) -> tuple[int, int]:

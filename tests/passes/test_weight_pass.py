@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import passes.weight_pass
+import passes.walk
 from exporter.capture import capture, export_module
 from passes import gptq, rtn
 from passes.base import LayerRule, PassError, Program, TargetRules
@@ -19,7 +19,7 @@ from passes.graph import aten, copy_graph, find_layers, get_tensor, set_weight, 
 from passes.layer_inputs import hessian_of
 from passes.ops import DEQUANTIZE
 from passes.rtn import RTN
-from passes.weight_pass import WeightPass
+from passes.weight_pass import GridPass
 from tests.passes.nets import (
     RULES,
     Decoder,
@@ -163,7 +163,7 @@ def test_layers_that_read_one_value_share_its_moments(monkeypatch: pytest.Monkey
         seen.append(layer.name)
         return hessian_of(layer, inputs)
 
-    monkeypatch.setattr(passes.weight_pass, "hessian_of", counted)
+    monkeypatch.setattr(passes.walk, "hessian_of", counted)
     program = attention_program()
     result = GPTQ(bits=8, group_size=-1).run(program)
     assert {"q", "k", "v"} < set(result.changed)
@@ -343,7 +343,7 @@ def test_data_that_is_missing_or_broken() -> None:
 
 
 @pytest.mark.parametrize("options", [RTN(bits=4, group_size=4), GPTQ(bits=4, group_size=4, symmetric=False)])
-def test_half_precision_stays_half_precision(options: WeightPass) -> None:
+def test_half_precision_stays_half_precision(options: GridPass) -> None:
     module = seeded(Chain).to(torch.bfloat16)
     data = ({"x": torch.randn(8, 8, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)},)
     exported = export_module(module, data[0], {})

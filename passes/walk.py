@@ -1,0 +1,54 @@
+"""Statistics of layers' inputs as a weight pass walks the graph, one layer at a time.
+
+A layer's inputs are those of the graph as it is when the layer's turn comes: everything before it is quantized already.
+"""
+
+from torch import Tensor
+
+from passes.asymmetric import cross_of
+from passes.base import Program
+from passes.calibration import Stream
+from passes.graph import Layer, find_layers
+from passes.layer_inputs import hessian_of
+
+
+class Walk:
+    """Moments of layers' inputs as the graph is when their turn comes."""
+
+    def __init__(self, program: Program) -> None:
+        self._stream = Stream(program.graph, program.calibration.batches)
+        self._floats: Stream | None = None
+        self._twins: dict[str, Layer] = {}
+        if program.float_twin is not None:
+            self._floats = Stream(program.float_twin, program.calibration.batches)
+            self._twins = {layer.name: layer for layer in find_layers(program.float_twin)}
+        self._reads: list[object] = []
+        self._hessian: Tensor | None = None
+        self._cross: Tensor | None = None
+
+    def hessian(self, layer: Layer) -> Tensor:
+        """Xq^T Xq / n of the layer's input, [groups, in, in]."""
+        self._turn_to(layer)
+        if self._hessian is None:
+            self._hessian = hessian_of(layer, self._stream.values(layer.input))
+        return self._hessian
+
+    def cross(self, layer: Layer) -> Tensor:
+        """X^T Xq / n, [groups, in, in], X being the layer's input in the float twin, which there must be."""
+        self._turn_to(layer)
+        if self._cross is None:
+            assert self._floats is not None  # the pipeline made a twin in front of the first pass that quantizes
+            twin = self._twins[layer.name]
+            self._floats.advance(twin.node)
+            floats, inputs = self._floats.values(twin.input), self._stream.values(layer.input)
+            self._cross = cross_of(layer, floats, inputs)
+        return self._cross
+
+    def _turn_to(self, layer: Layer) -> None:
+        # What the rows depend on: the value, and for a convolution the kernel and how it moves.
+        reads: list[object] = [layer.input, layer.kind]
+        if layer.kind != "linear":
+            reads += [layer.weight.meta["val"].shape[2:], layer.groups, layer.node.args[3:]]
+        if self._reads != reads:
+            self._reads, self._hessian, self._cross = reads, None, None  # two layers' moments are never held
+            self._stream.advance(layer.node)
