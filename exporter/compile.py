@@ -30,7 +30,7 @@ from exporter.progress import Progress, Silent
 from exporter.recipe import Recipe
 from exporter.recipe_values import InputSpec
 from exporter.render import markdown
-from exporter.report import Json, PassRecordView, Report, Sizes, SkipView
+from exporter.report import AllSums, Json, PassRecordView, Report, Sizes, SkipView, Sums
 from exporter.validate import OutputFigures, compare_layers, compare_outputs, eager_session, evaluate_metrics
 from exporter.versions import versions
 from passes import PASSES
@@ -262,10 +262,14 @@ def validate(
             sessions["tensorrt"] = session
             parity["tensorrt"] = (plain, session)
     batches = program.calibration.holdout
+    sums: dict[str, dict[str, Sums]] = {name: {} for name in sessions}
     outputs: dict[str, OutputFigures] = {
-        name: compare_outputs(reference, session, batches) for name, session in sessions.items()
+        name: compare_outputs(reference, session, batches, sums[name]) for name, session in sessions.items()
     }
-    layers = compare_layers(program, main, kernels, lambda done, total: progress.step("layers", done, total))
+    layer_sums: dict[str, Sums] = {}
+    layers = compare_layers(
+        program, main, kernels, lambda done, total: progress.step("layers", done, total), layer_sums
+    )
     return Report(
         model={},
         recipe={},
@@ -276,12 +280,11 @@ def validate(
         outputs=outputs,
         parity={name: compare_outputs(one, other, batches) for name, (one, other) in parity.items()},
         metrics=evaluate_metrics(recipe.eval, {"reference": reference, **sessions}),
+        sample_sums=AllSums(sums, layer_sums),
     )
 
 
-def _engine_session(
-    trt: Lowered, engine: EngineResult | None, folder: Path, warnings: list[str]
-) -> Session | None:
+def _engine_session(trt: Lowered, engine: EngineResult | None, folder: Path, warnings: list[str]) -> Session | None:
     """The engine ready to run, where there is a GPU for it."""
     if engine is None:
         return None

@@ -6,12 +6,16 @@
     passes     [{name, options, inserted, changed: [name], skipped: [{node, why}], measured: {figure: value}}]
     layers     [{name, kind, format, bits_per_weight, params, weight_sqnr_db,
                  output_sqnr_db: {own, accumulated, onnxruntime, onnxruntime_vs_eager_quantized},
-                 cosine, max_abs, kernel}]
+                 cosine, max_abs, kernel, evidence: see Evidence, causes: [{kind, why}]}]
     outputs    {runtime: {output: figures}}          runtimes: eager_quantized, onnxruntime, tensorrt
     parity     {run: {output: figures}}              runs: onnxruntime, onnxruntime_unoptimized, tensorrt
     metrics    {name: {reference, eager_quantized, onnxruntime, tensorrt}}
     sizes      {float_parameters, files: {name: bytes}}
     gates      [{expr, value, passed, measured, where}]
+    sample_sums {outputs: {runtime: {output: sums}}, layers: {layer: sums}}
+                sums: {signal: [number], noise: [number], agreement: [number] or null}, an entry for each held-out
+                sample, or block of neighbours; see `exporter.sample_sums`
+    histograms {layer: {weight | input | output: {low, high, before: [count], after: [count]}}}   of some of the worst
 
 `figures` are those of `exporter.metrics`: {sqnr_db, cosine, max_abs, mean_abs, top1_agreement, kl, nonfinite}.
 All compare with the float eager model on held-out samples, except `parity` and `onnxruntime_vs_eager_quantized`, which
@@ -26,6 +30,7 @@ machine is in it; numbers are rounded to SIGNIFICANT digits.
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,6 +39,9 @@ from exporter.metrics import Figures
 SCHEMA_VERSION = 1
 SIGNIFICANT = 7
 """Digits of a number in the JSON: as many as a float32 holds."""
+
+NUMBERS = re.compile(r"\[\n[-+.0-9eE,\s]+\]")
+"""A list of numbers as `json` writes it, one on each line (texts in JSON hold no line breaks); ours stand on one."""
 
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 OutputDiff = Figures
@@ -70,6 +78,49 @@ class LayerSqnr:
 
 
 @dataclasses.dataclass(frozen=True)
+class Evidence:
+    """What hints at why a layer is far from float; None where it does not apply. See `exporter.evidence`.
+
+    weight_bits, input_bits        width of the codes of one value
+    weight_only_db, input_only_db  SQNR of the layer's own output when only its weight, only its input is quantized
+    *_outlier_ratio                largest channel's max|value| / the median channel's; *_outlier_channel: which it is
+    *_clipped                      share of values outside the quantizer's range
+    *_clip_noise                   share of the quantizer's squared error that those values make
+    """
+
+    weight_bits: float | None = None
+    input_bits: int | None = None
+    weight_only_db: float | None = None
+    input_only_db: float | None = None
+    weight_outlier_ratio: float | None = None
+    weight_outlier_channel: int | None = None
+    input_outlier_ratio: float | None = None
+    input_outlier_channel: int | None = None
+    weight_clipped: float | None = None
+    weight_clip_noise: float | None = None
+    input_clipped: float | None = None
+    input_clip_noise: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Cause:
+    """A likely cause of a layer's error, as `exporter.causes` names it, with the figures that speak for it."""
+
+    kind: str
+    why: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Histogram:
+    """Counts of equal bins over [low, high], of the float values and of what quantization made of them."""
+
+    low: float
+    high: float
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class LayerDiff:
     """A layer with a weight: how it is stored, how far it is from float, and the runtime's kernel where known.
 
@@ -89,6 +140,8 @@ class LayerDiff:
     cosine: float | None = None
     max_abs: float | None = None
     kernel: str | None = None
+    evidence: Evidence | None = None
+    causes: tuple[Cause, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +150,23 @@ class Sizes:
 
     float_parameters: int
     files: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sums:
+    """What each held-out sample (or block of samples) adds to a comparison; see `exporter.sample_sums`."""
+
+    signal: tuple[float, ...]
+    noise: tuple[float, ...]
+    agreement: tuple[float, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class AllSums:
+    """{runtime: {output: sums}} against the float model, {layer: sums} of `accumulated` against the float twin."""
+
+    outputs: Mapping[str, Mapping[str, Sums]] = dataclasses.field(default_factory=dict)
+    layers: Mapping[str, Sums] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +196,8 @@ class Report:
     metrics: Mapping[str, Mapping[str, float | None]] = dataclasses.field(default_factory=dict)
     sizes: Sizes = Sizes(float_parameters=0)
     gates: tuple[GateResult, ...] = ()
+    sample_sums: AllSums = AllSums()
+    histograms: Mapping[str, Mapping[str, Histogram]] = dataclasses.field(default_factory=dict)
 
     @property
     def gates_passed(self) -> bool:
@@ -135,7 +207,8 @@ class Report:
     def to_json(self) -> str:
         """JSON text, keys sorted: equal reports give equal bytes. Raises ValueError for a NaN or an infinity."""
         data = {"schema_version": SCHEMA_VERSION, **_fields(self)}
-        return json.dumps(_plain(data, ""), sort_keys=True, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+        text = json.dumps(_plain(data, ""), sort_keys=True, indent=2, allow_nan=False, ensure_ascii=False)
+        return NUMBERS.sub(lambda match: f"[{' '.join(match[0][1:-1].split())}]", text) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> "Report":
@@ -158,6 +231,8 @@ class Report:
                     "parity": _figures(data["parity"]),
                     "sizes": Sizes(**data["sizes"]),
                     "gates": tuple(GateResult(**entry) for entry in data["gates"]),
+                    "sample_sums": _all_sums(data.get("sample_sums", {})),
+                    "histograms": _histograms(data.get("histograms", {})),
                 }
             )
         except (KeyError, TypeError, AttributeError) as error:
@@ -170,11 +245,39 @@ def _pass(entry: dict[str, Any]) -> PassRecordView:
 
 
 def _layer(entry: dict[str, Any]) -> LayerDiff:
-    return LayerDiff(**entry | {"output_sqnr_db": LayerSqnr(**entry["output_sqnr_db"])})
+    evidence = entry.get("evidence")
+    nested = {
+        "output_sqnr_db": LayerSqnr(**entry["output_sqnr_db"]),
+        "evidence": None if evidence is None else Evidence(**evidence),
+        "causes": tuple(Cause(**cause) for cause in entry.get("causes", ())),
+    }
+    return LayerDiff(**entry | nested)
+
+
+def _histograms(layers: dict[str, dict[str, Any]]) -> dict[str, dict[str, Histogram]]:
+    return {layer: {kind: _histogram(entry) for kind, entry in kinds.items()} for layer, kinds in layers.items()}
+
+
+def _histogram(entry: dict[str, Any]) -> Histogram:
+    return Histogram(**entry | {"before": tuple(entry["before"]), "after": tuple(entry["after"])})
 
 
 def _figures(runs: dict[str, dict[str, Any]]) -> dict[str, dict[str, OutputDiff]]:
     return {run: {name: OutputDiff(**entry) for name, entry in outputs.items()} for run, outputs in runs.items()}
+
+
+def _all_sums(entry: dict[str, Any]) -> AllSums:
+    return AllSums(
+        outputs={run: _sums(outputs) for run, outputs in entry.get("outputs", {}).items()},
+        layers=_sums(entry.get("layers", {})),
+    )
+
+
+def _sums(entries: dict[str, Any]) -> dict[str, Sums]:
+    return {
+        name: Sums(**{key: None if value is None else tuple(map(float, value)) for key, value in entry.items()})
+        for name, entry in entries.items()
+    }
 
 
 def _fields(value: object) -> dict[str, object]:

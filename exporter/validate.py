@@ -29,7 +29,8 @@ from exporter.lowering.fuse import quantized_weight
 from exporter.lowering.lowered import Lowered, LoweredLayer
 from exporter.lowering.ops import MARK
 from exporter.metrics import Comparison, Figures, sqnr_db
-from exporter.report import LayerDiff, LayerSqnr
+from exporter.report import LayerDiff, LayerSqnr, Sums
+from exporter.sample_sums import LAYER_BLOCKS, OUTPUT_BLOCKS, SampleSums
 from passes.base import Program
 from passes.calibration import Batch, cut
 from passes.graph import Layer, find_layers, get_tensor, inputs_of
@@ -55,26 +56,41 @@ def eager_session(program: Program, graph: fx.GraphModule) -> EagerSession:
     return EagerSession(graph, names, program.output_names)
 
 
-def compare_outputs(reference: Session, value: Session, batches: Sequence[Batch]) -> OutputFigures:
-    """Figures of every output over the batches."""
+def compare_outputs(
+    reference: Session, value: Session, batches: Sequence[Batch], sums: dict[str, Sums] | None = None
+) -> OutputFigures:
+    """Figures of every output over the batches; into `sums`, where given, go those of its samples."""
     comparisons = {name: Comparison() for name in reference.outputs}
+    samples = {name: SampleSums() for name in reference.outputs} if sums is not None else {}
     for batch in batches:
         feeds = arrays(batch)
         expected, actual = reference.run(feeds), value.run(feeds)
         for name, comparison in comparisons.items():
             comparison.add(expected[name], actual[name])
+        for name, sample in samples.items():
+            sample.add(expected[name], actual[name], len(next(iter(feeds.values()))))
+    if sums is not None:
+        sums |= {name: found.blocks(OUTPUT_BLOCKS) for name, found in samples.items()}
     return {name: comparison.figures() for name, comparison in comparisons.items()}
 
 
 class _LayerComparison:
     def __init__(self) -> None:
         self.own, self.accumulated, self.runtime, self.lowering = (Comparison(ranks=False) for _ in range(4))
+        self.sums = SampleSums(ranks=False)
 
 
 def compare_layers(
-    program: Program, lowered: Lowered, kernels: Mapping[str, str | None], progress: Callable[[int, int], None]
+    program: Program,
+    lowered: Lowered,
+    kernels: Mapping[str, str | None],
+    progress: Callable[[int, int], None],
+    sums: dict[str, Sums] | None = None,
 ) -> tuple[LayerDiff, ...]:
-    """Every layer with a weight: how it is stored and how far its output is from the float twin's."""
+    """Every layer with a weight: how it is stored and how far its output is from the float twin's.
+
+    Into `sums`, where given, go those of the samples, of the layer's output in the quantized network.
+    """
     twin = program.float_twin or program.graph
     twins = {layer.name: layer for layer in find_layers(twin)}
     quantized = {layer.name: layer for layer in find_layers(program.graph)}
@@ -84,15 +100,18 @@ def compare_layers(
         tapped = tapped_session(lowered, Path(folder))
         for index, batch in enumerate(batches):
             progress(index, len(batches))
-            floats, inputs = _run_layers(twin, twins, batch)
-            simulated, plain = _marks(lowered.simulated, batch), _marks(lowered.graph, batch)
+            floats, inputs = run_layers(twin, twins, batch)
+            simulated, plain = run_marks(lowered.simulated, batch), run_marks(lowered.graph, batch)
             from_file = tapped.run(arrays(batch))
             for name, comparison in found.items():
                 alone = own_output(program.graph, quantized[name], inputs[name])
                 comparison.own.add(floats[name], alone.numpy())
                 comparison.accumulated.add(floats[name], simulated[name])
+                comparison.sums.add(floats[name], simulated[name], len(next(iter(batch.values()))))
                 comparison.runtime.add(floats[name], from_file[lowered.taps[name]])
                 comparison.lowering.add(plain[name], from_file[lowered.taps[name]])
+    if sums is not None:
+        sums |= {name: comparison.sums.blocks(LAYER_BLOCKS) for name, comparison in found.items()}
     stored = {layer.name: layer for layer in lowered.layers}
     return tuple(
         _layer_diff(program, twin, twins[name], quantized[name], comparison, stored.get(name), kernels.get(name))
@@ -151,7 +170,7 @@ def _run(graph: fx.GraphModule, batch: Batch, keep: Callable[[fx.Node, tuple[Any
         _Recorder(graph, keep).run(*(batch[str(node.target)] for node in inputs_of(graph)))
 
 
-def _run_layers(
+def run_layers(
     twin: fx.GraphModule, layers: Mapping[str, Layer], batch: Batch
 ) -> tuple[dict[str, Array], dict[str, Tensor]]:
     """{layer: output} and {layer: input} in the float twin."""
@@ -168,7 +187,7 @@ def _run_layers(
     return outputs, inputs
 
 
-def _marks(graph: fx.GraphModule, batch: Batch) -> dict[str, Array]:
+def run_marks(graph: fx.GraphModule, batch: Batch) -> dict[str, Array]:
     """{layer: output} in a lowered graph."""
     marks: dict[str, Array] = {}
 
@@ -180,14 +199,11 @@ def _marks(graph: fx.GraphModule, batch: Batch) -> dict[str, Array]:
     return marks
 
 
-def own_output(graph: fx.GraphModule, layer: Layer, value: Tensor) -> Tensor:
-    """What the quantized layer yields when it is fed `value`, its own activation quantizer included."""
-    source = layer.input
+def own_output(graph: fx.GraphModule, layer: Layer, value: Tensor, *, quantize: bool = True) -> Tensor:
+    """What the layer yields when it is fed `value`: quantized as in the network, or as it is (`quantize` False)."""
+    if quantize:
+        value = quantize_input(graph, layer, value)
     with torch.no_grad():
-        if source.target in (FAKE_QUANTIZE, FAKE_QUANTIZE_DYNAMIC):
-            rest = [evaluate(graph, arg) if isinstance(arg, fx.Node) else arg for arg in source.args[1:]]
-            assert callable(source.target)
-            value = source.target(value, *rest)
         args = [
             value if index == layer.input_arg else evaluate(graph, arg) if isinstance(arg, fx.Node) else arg
             for index, arg in enumerate(layer.node.args)
@@ -195,6 +211,18 @@ def own_output(graph: fx.GraphModule, layer: Layer, value: Tensor) -> Tensor:
         assert callable(layer.node.target)
         result: Tensor = layer.node.target(*args, **layer.node.kwargs)
     return result
+
+
+def quantize_input(graph: fx.GraphModule, layer: Layer, value: Tensor) -> Tensor:
+    """`value` after the layer's own activation quantizer, if it has one."""
+    source = layer.input
+    if source.target not in (FAKE_QUANTIZE, FAKE_QUANTIZE_DYNAMIC):
+        return value
+    rest = [evaluate(graph, arg) if isinstance(arg, fx.Node) else arg for arg in source.args[1:]]
+    assert callable(source.target)
+    with torch.no_grad():
+        rounded: Tensor = source.target(value, *rest)
+    return rounded
 
 
 def evaluate(graph: fx.GraphModule, node: fx.Node) -> Tensor:

@@ -8,6 +8,7 @@ import pytest
 
 from exporter.metrics import Figures
 from exporter.report import (
+    AllSums,
     GateResult,
     LayerDiff,
     LayerSqnr,
@@ -15,6 +16,7 @@ from exporter.report import (
     Report,
     Sizes,
     SkipView,
+    Sums,
 )
 
 GOLDEN = Path(__file__).parent / "golden" / "report.json"
@@ -42,6 +44,10 @@ REPORT = Report(
     metrics={"accuracy": {"reference": 0.987, "eager_quantized": 0.984, "onnxruntime": None}},
     sizes=Sizes(4_000_000, {"model.onnx": 1_040_000}),
     gates=(GateResult("sqnr_db>=20", 34.25, True, where="eager_quantized logits"),),
+    sample_sums=AllSums(
+        {"eager_quantized": {"logits": Sums((2.5, 1.0), (0.001, 0.0004), (1.0, 0.5))}},
+        {"features.0": Sums((4.0, 3.0), (2e-4, 1e-4))},
+    ),
 )
 
 
@@ -51,6 +57,16 @@ def test_json_is_the_golden_file():
 
 def test_round_trip():
     assert Report.from_json(REPORT.to_json()) == REPORT
+
+
+def test_lists_of_numbers_stand_on_one_line():
+    assert '"signal": [2.5, 1.0]' in REPORT.to_json()
+
+
+def test_a_report_of_before_the_sums_is_read():
+    data = json.loads(REPORT.to_json())
+    del data["sample_sums"]
+    assert Report.from_json(json.dumps(data)).sample_sums == AllSums()
 
 
 def test_numbers_are_rounded_once_and_for_all():
