@@ -76,6 +76,11 @@ class LayerSqnr:
     onnxruntime: float | None = None
     onnxruntime_vs_eager_quantized: float | None = None
 
+    @property
+    def worst(self) -> float | None:
+        """In the network against float, the lower one of eager torch and the file: what the layer is judged by."""
+        return min((value for value in (self.accumulated, self.onnxruntime) if value is not None), default=None)
+
 
 @dataclasses.dataclass(frozen=True)
 class Evidence:
@@ -274,8 +279,15 @@ def _all_sums(entry: dict[str, Any]) -> AllSums:
 
 
 def _sums(entries: dict[str, Any]) -> dict[str, Sums]:
+    def numbers(entry: dict[str, Any], key: str) -> tuple[float, ...]:
+        return tuple(map(float, entry[key]))
+
     return {
-        name: Sums(**{key: None if value is None else tuple(map(float, value)) for key, value in entry.items()})
+        name: Sums(
+            numbers(entry, "signal"),
+            numbers(entry, "noise"),
+            None if entry["agreement"] is None else numbers(entry, "agreement"),
+        )
         for name, entry in entries.items()
     }
 
