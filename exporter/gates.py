@@ -69,18 +69,7 @@ class Gate:
 def parse_gate(expr: str) -> Gate:
     """Read `SUBJECT OP NUMBER`. Raises GateSyntaxError that names the nearest known subject."""
     text = "".join(expr.split())
-    match = re.fullmatch(r"([^<>=!]+)(>=|<=|==|>|<)([^<>=!]+)", text)
-    if match is None:
-        raise GateSyntaxError(
-            f"{expr!r} is not a gate", where="--gate", fix="write SUBJECT OP NUMBER, for example sqnr_db>=20"
-        )
-    subject, relation, number = match.groups()
-    try:
-        bound = float(number)
-    except ValueError:
-        bound = math.nan
-    if not math.isfinite(bound):
-        raise GateSyntaxError(f"{number!r} in {expr!r} is not a finite number", where="--gate")
+    subject, relation, bound = split_gate(expr, "sqnr_db>=20")
     head, _, rest = subject.partition(".")
     runtime, figure = (head, rest) if head in RUNTIMES and rest else (None, subject)
     if figure in (*FIGURES, SIZE):
@@ -91,6 +80,22 @@ def parse_gate(expr: str) -> Gate:
     name, _, last = metric.rpartition(".")
     change = last if name and last in CHANGES else None
     return Gate(text, METRIC, relation, bound, runtime, name if change else metric, change)
+
+
+def split_gate(expr: str, example: str) -> tuple[str, str, float]:
+    """(subject, relation, bound) of `SUBJECT OP NUMBER`, the subject not looked at. Raises GateSyntaxError."""
+    match = re.fullmatch(r"([^<>=!]+)(>=|<=|==|>|<)([^<>=!]+)", "".join(expr.split()))
+    if match is None:
+        fix = f"write SUBJECT OP NUMBER, for example {example}"
+        raise GateSyntaxError(f"{expr!r} is not a gate", where="--gate", fix=fix)
+    subject, relation, number = match.groups()
+    try:
+        bound = float(number)
+    except ValueError:
+        bound = math.nan
+    if not math.isfinite(bound):
+        raise GateSyntaxError(f"{number!r} in {expr!r} is not a finite number", where="--gate")
+    return subject, relation, bound
 
 
 def evaluate(gates: Iterable[Gate], report: Report) -> tuple[GateResult, ...]:
@@ -107,19 +112,26 @@ def exit_code(results: Iterable[GateResult]) -> int:
 
 
 def _evaluate(gate: Gate, report: Report) -> GateResult:
-    figures = {where: value for where, value in _figures(gate, report).items() if value is not None}
-    if not figures:
-        return GateResult(gate.expr, None, passed=False, measured=False, where=gate.runtime or "")
-    where = min(figures, key=lambda name: _margin(gate, figures[name]))
-    value = figures[where]
-    return GateResult(gate.expr, value, passed=RELATIONS[gate.relation](value, gate.bound), where=where)
+    figures = _figures(gate, report)
+    return judge(gate.expr, gate.relation, gate.bound, figures, unmeasured=gate.runtime or "")
 
 
-def _margin(gate: Gate, value: float) -> float:
+def judge(
+    expr: str, relation: str, bound: float, figures: Mapping[str, float | None], unmeasured: str = ""
+) -> GateResult:
+    """The verdict on {where: figure}: the one furthest from passing decides. `unmeasured` names where none is."""
+    measured = {where: value for where, value in figures.items() if value is not None}
+    if not measured:
+        return GateResult(expr, None, passed=False, measured=False, where=unmeasured)
+    where = min(measured, key=lambda name: margin(relation, bound, measured[name]))
+    return GateResult(expr, measured[where], passed=RELATIONS[relation](measured[where], bound), where=where)
+
+
+def margin(relation: str, bound: float, value: float) -> float:
     """How far inside the bound a value lies; negative outside."""
-    if gate.relation == "==":
-        return -abs(value - gate.bound)
-    return value - gate.bound if gate.relation.startswith(">") else gate.bound - value
+    if relation == "==":
+        return -abs(value - bound)
+    return value - bound if relation.startswith(">") else bound - value
 
 
 def _figures(gate: Gate, report: Report) -> dict[str, float | None]:
