@@ -18,9 +18,12 @@ from exporter.backends.tensorrt.build import BuildError, available_flavor
 from exporter.backends.tensorrt.bundle import EngineResult, finish
 from exporter.backends.tensorrt.lower import TensorRTBackend
 from exporter.capture import capture
+from exporter.causes import explain
 from exporter.checkpoint import save_checkpoint
 from exporter.errors import InputError, InternalError, TargetError
+from exporter.evidence import gather
 from exporter.gates import evaluate, exit_code, parse_gate
+from exporter.histograms import layer_histograms, worth_a_look
 from exporter.kernels import kernel_of_layers, optimized_kernels
 from exporter.load import Loaded, load_model
 from exporter.lowering.lowered import Lowered
@@ -270,6 +273,7 @@ def validate(
     layers = compare_layers(
         program, main, kernels, lambda done, total: progress.step("layers", done, total), layer_sums
     )
+    layers = explain(layers, gather(program))
     return Report(
         model={},
         recipe={},
@@ -278,6 +282,7 @@ def validate(
         warnings=tuple(warnings),
         layers=layers,
         outputs=outputs,
+        histograms=layer_histograms(program, main, worth_a_look(layers)),
         parity={name: compare_outputs(one, other, batches) for name, (one, other) in parity.items()},
         metrics=evaluate_metrics(recipe.eval, {"reference": reference, **sessions}),
         sample_sums=AllSums(sums, layer_sums),

@@ -58,7 +58,7 @@ def headline(report: Report) -> str:
 
 
 def worst_layers(report: Report, limit: int) -> tuple[LayerDiff, ...]:
-    """Quantized layers by the SQNR of their output (accumulated, else own, else of the weight), lowest first."""
+    """Layers by the SQNR of their output (in the network, else own, else of the weight), lowest first."""
     measured = [(layer_sqnr(layer), layer) for layer in report.layers]
     known = [(value, layer) for value, layer in measured if value is not None]
     return tuple(layer for _, layer in sorted(known, key=lambda pair: pair[0])[:limit])
@@ -67,7 +67,7 @@ def worst_layers(report: Report, limit: int) -> tuple[LayerDiff, ...]:
 def layer_sqnr(layer: LayerDiff) -> float | None:
     """The figure a layer is judged by."""
     output = layer.output_sqnr_db
-    return next((value for value in (output.accumulated, output.own, layer.weight_sqnr_db) if value is not None), None)
+    return next((value for value in (output.worst, output.own, layer.weight_sqnr_db) if value is not None), None)
 
 
 def comparisons(report: Report) -> dict[str, list[tuple[str, Figures]]]:

@@ -1,0 +1,131 @@
+"""The likely causes of a layer's error: rules over its figures, each named with what speaks for it.
+
+    lowering          the file, node by node, is no closer to the graph it was written from than the network is to float
+    inherited         at least half of the noise at its output came in with its input: own > accumulated + 3 dB
+    clipping          a quarter or more of a quantizer's error comes from values outside its range
+    outlier channels  one channel is OUTLIER_RATIO times the median one: it takes 3 bits from the others
+    coarse bits       4 bits or fewer, and nothing else stands out
+    rounding          more bits than that, and nothing stands out
+    folding           the runtime computes a quantized layer with float kernels: no accuracy is lost, speed is
+
+clipping, outlier channels, coarse bits and rounding are said of the weight or of the input, whichever makes more noise
+at the layer's own output, and of both when the smaller is a quarter of the larger or more (6 dB).
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+from exporter.metrics import EXACT_DB
+from exporter.report import Cause, Evidence, LayerDiff
+
+LOWERING, INHERITED, CLIPPING, OUTLIERS = "lowering", "inherited", "clipping", "outlier channels"
+COARSE, ROUNDING, FOLDING = "coarse bits", "rounding", "folding"
+
+HALF_DB = 3.0
+QUARTER_DB = 6.0
+CLIP_NOISE = 0.25
+OUTLIER_RATIO = 8.0
+COARSE_BITS = 4
+
+FLOAT_OPERATORS = frozenset({"Conv", "ConvTranspose", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul"})
+"""onnxruntime's float kernels for layers."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Side:
+    """One of a layer's two quantizers."""
+
+    what: str
+    noise_db: float | None
+    bits: float | None
+    clipped: float | None
+    clip_noise: float | None
+    ratio: float | None
+    channel: int | None
+
+
+def explain(layers: Iterable[LayerDiff], evidence: Mapping[str, Evidence]) -> tuple[LayerDiff, ...]:
+    """The layers with their evidence, {layer: evidence}, and the causes it speaks for."""
+    given = [dataclasses.replace(layer, evidence=evidence.get(layer.name)) for layer in layers]
+    return tuple(dataclasses.replace(layer, causes=likely_causes(layer)) for layer in given)
+
+
+def likely_causes(layer: LayerDiff) -> tuple[Cause, ...]:
+    """Causes, the likeliest first; () for a layer that is exact or was not measured."""
+    rules: tuple[Callable[[LayerDiff], Iterator[Cause]], ...] = (_lowering, _inherited, _own, _folding)
+    return tuple(cause for rule in rules for cause in rule(layer))
+
+
+def _lowering(layer: LayerDiff) -> Iterator[Cause]:
+    output = layer.output_sqnr_db
+    file, network = output.onnxruntime_vs_eager_quantized, output.accumulated
+    if file is not None and network is not None and file <= network + HALF_DB and file < EXACT_DB:
+        yield Cause(
+            LOWERING, f"the file is {file:.1f} dB from the graph it was written from ({network:.1f} from float)"
+        )
+
+
+def _inherited(layer: LayerDiff) -> Iterator[Cause]:
+    own, total = layer.output_sqnr_db.own, layer.output_sqnr_db.accumulated
+    if own is None or total is None or own <= total + HALF_DB:
+        return
+    share = 1 - 10 ** ((total - own) / 10)
+    alone = "alone it is exact" if own >= EXACT_DB else f"alone it is {own:.1f} dB, in the network {total:.1f}"
+    yield Cause(INHERITED, f"{100 * share:.0f} % of its noise comes from layers before it ({alone})")
+
+
+def _own(layer: LayerDiff) -> Iterator[Cause]:
+    if layer.evidence is None:
+        return
+    sides = [(side.noise_db, side) for side in _sides(layer.evidence)]
+    known = sorted(((noise, side) for noise, side in sides if noise is not None), key=lambda pair: pair[0])
+    for noise, side in known:
+        if noise <= known[0][0] + QUARTER_DB and noise < EXACT_DB:
+            yield from _of_side(side, noise)
+
+
+def _sides(evidence: Evidence) -> tuple[_Side, _Side]:
+    weight = _Side(
+        "weight",
+        evidence.weight_only_db,
+        evidence.weight_bits,
+        evidence.weight_clipped,
+        evidence.weight_clip_noise,
+        evidence.weight_outlier_ratio,
+        evidence.weight_outlier_channel,
+    )
+    value = _Side(
+        "input",
+        evidence.input_only_db,
+        evidence.input_bits,
+        evidence.input_clipped,
+        evidence.input_clip_noise,
+        evidence.input_outlier_ratio,
+        evidence.input_outlier_channel,
+    )
+    return weight, value
+
+
+def _of_side(side: _Side, noise_db: float) -> Iterator[Cause]:
+    found = False
+    if side.clip_noise is not None and side.clipped is not None and side.clip_noise >= CLIP_NOISE:
+        found = True
+        share = f"{100 * side.clipped:.2g} % of the {side.what}'s values lie outside its range"
+        yield Cause(CLIPPING, f"{share} and make {100 * side.clip_noise:.0f} % of its error")
+    if side.ratio is not None and side.ratio >= OUTLIER_RATIO:
+        found = True
+        times = f"{side.ratio:.0f}" if side.ratio >= 10 else f"{side.ratio:.1f}"
+        yield Cause(OUTLIERS, f"channel {side.channel} of the {side.what} is {times} times as wide as the median one")
+    if not found and side.bits is not None:
+        kind = COARSE if side.bits <= COARSE_BITS else ROUNDING
+        yield Cause(kind, f"{side.bits:.3g} bits of the {side.what} leave {noise_db:.1f} dB at its own output")
+
+
+def _folding(layer: LayerDiff) -> Iterator[Cause]:
+    if layer.evidence is None or layer.kernel is None:
+        return
+    parts = set(layer.kernel.replace(", ", "+").split("+"))
+    if "DequantizeLinear" in parts:
+        yield Cause(FOLDING, f"{layer.kernel}: the weight is decoded to float at every run")
+    elif parts & FLOAT_OPERATORS:
+        yield Cause(FOLDING, f"{layer.kernel} computes in float")

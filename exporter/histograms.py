@@ -1,0 +1,80 @@
+"""How the values of a few layers are spread before and after quantization, on the samples of `exporter.evidence`.
+
+    weight   entries of the float twin's weight | of the quantized one
+    input    values in the float twin           | the same after the layer's own quantizer
+    output   values in the float twin           | in the quantized network
+
+Bins are equal and span both. The samples are run twice, for the span and for the counts, so that no run is held.
+"""
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from exporter.evidence import few_batches
+from exporter.lowering.lowered import Lowered
+from exporter.report import Histogram, LayerDiff
+from exporter.validate import evaluate, quantize_input, run_layers, run_marks
+from passes.base import Program
+from passes.graph import find_layers, get_tensor
+from passes.ops import FAKE_QUANTIZE, FAKE_QUANTIZE_DYNAMIC
+from passes.weight_nodes import is_quantized
+from runtimes.base import Array
+
+BINS = 48
+LAYERS = 12
+
+Pair = tuple[str, str, Array, Array]
+"""(layer, weight | input | output, values before, values after)."""
+
+
+def worth_a_look(layers: Sequence[LayerDiff], limit: int = LAYERS) -> tuple[str, ...]:
+    """`limit` layers at most: in turns the worst in the network and the worst alone, which may be the source."""
+    total = {entry.name: entry.output_sqnr_db.worst for entry in layers}
+    own = {entry.name: entry.output_sqnr_db.own for entry in layers}
+    turns = itertools.zip_longest(_lowest_first(total), _lowest_first(own))
+    return tuple(dict.fromkeys(name for pair in turns for name in pair if name is not None))[:limit]
+
+
+def _lowest_first(figures: Mapping[str, float | None]) -> list[str]:
+    return [name for _, name in sorted((db, name) for name, db in figures.items() if db is not None)]
+
+
+def layer_histograms(program: Program, lowered: Lowered, names: Sequence[str]) -> dict[str, dict[str, Histogram]]:
+    """{layer: {weight | input | output: histogram}} of the layers `names`."""
+    spans: dict[tuple[str, str], tuple[float, float]] = {}
+    for layer, kind, before, after in _values(program, lowered, names):
+        found = [float(part) for values in (before, after) if values.size for part in (values.min(), values.max())]
+        if found and np.isfinite(found).all():
+            low, high = spans.get((layer, kind), (found[0], found[0]))
+            spans[layer, kind] = (min(low, *found), max(high, *found))
+    spans = {key: span if span[0] < span[1] else (span[0] - 0.5, span[1] + 0.5) for key, span in spans.items()}
+    counts = {key: (np.zeros(BINS, np.int64), np.zeros(BINS, np.int64)) for key in spans}
+    for layer, kind, *pair in _values(program, lowered, names):
+        span = spans.get((layer, kind))
+        if span is not None:
+            for total, values in zip(counts[layer, kind], pair, strict=True):
+                total += np.histogram(values, BINS, span)[0]
+    result: dict[str, dict[str, Histogram]] = {name: {} for name in names}
+    for (layer, kind), (before, after) in counts.items():
+        low, high = spans[layer, kind]
+        result[layer][kind] = Histogram(low, high, tuple(before.tolist()), tuple(after.tolist()))
+    return {name: kinds for name, kinds in result.items() if kinds}
+
+
+def _values(program: Program, lowered: Lowered, names: Sequence[str]) -> Iterator[Pair]:
+    twin = program.float_twin or program.graph
+    twins = {layer.name: layer for layer in find_layers(twin) if layer.name in names}
+    quantized = {layer.name: layer for layer in find_layers(program.graph) if layer.name in twins}
+    for name, layer in quantized.items():
+        if is_quantized(layer):
+            before = get_tensor(twin, twins[name].weight)
+            yield name, "weight", before.numpy(), evaluate(program.graph, layer.weight).numpy()
+    for batch in few_batches(program):
+        floats, inputs = run_layers(twin, twins, batch)
+        simulated = run_marks(lowered.simulated, batch)
+        for name, layer in quantized.items():
+            if layer.input.target in (FAKE_QUANTIZE, FAKE_QUANTIZE_DYNAMIC):
+                yield name, "input", inputs[name].numpy(), quantize_input(program.graph, layer, inputs[name]).numpy()
+            yield name, "output", floats[name], simulated[name]
