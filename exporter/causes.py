@@ -41,7 +41,7 @@ class _Side:
     clipped: float | None
     clip_noise: float | None
     ratio: float | None
-    channel: int | None
+    channel: str
 
 
 def explain(layers: Iterable[LayerDiff], evidence: Mapping[str, Evidence]) -> tuple[LayerDiff, ...]:
@@ -92,7 +92,7 @@ def _sides(evidence: Evidence) -> tuple[_Side, _Side]:
         evidence.weight_clipped,
         evidence.weight_clip_noise,
         evidence.weight_outlier_ratio,
-        evidence.weight_outlier_channel,
+        f"{evidence.weight_outlier_axis} channel {evidence.weight_outlier_channel}",
     )
     value = _Side(
         "input",
@@ -101,7 +101,7 @@ def _sides(evidence: Evidence) -> tuple[_Side, _Side]:
         evidence.input_clipped,
         evidence.input_clip_noise,
         evidence.input_outlier_ratio,
-        evidence.input_outlier_channel,
+        f"channel {evidence.input_outlier_channel}",
     )
     return weight, value
 
@@ -115,7 +115,7 @@ def _of_side(side: _Side, noise_db: float) -> Iterator[Cause]:
     if side.ratio is not None and side.ratio >= OUTLIER_RATIO:
         found = True
         times = f"{side.ratio:.0f}" if side.ratio >= 10 else f"{side.ratio:.1f}"
-        yield Cause(OUTLIERS, f"channel {side.channel} of the {side.what} is {times} times as wide as the median one")
+        yield Cause(OUTLIERS, f"{side.channel} of the {side.what} is {times} times as wide as the median one")
     if not found and side.bits is not None:
         kind = COARSE if side.bits <= COARSE_BITS else ROUNDING
         yield Cause(kind, f"{side.bits:.3g} bits of the {side.what} leave {noise_db:.1f} dB at its own output")

@@ -7,8 +7,8 @@ Of a quantizer Q of values v (a layer's weight, or its input in the float twin):
     outlier_ratio max_c m_c / median_c m_c,   m_c = max |v| over channel c, channels of zeros left out
 
 Input channels share one scale, or one of each token: a channel m times the median's leaves the others log2(m) bits
-fewer (SmoothQuant, arXiv 2211.10438, section 3). Weight channels are those that share a scale: outputs where one scale
-serves the whole weight, inputs elsewhere.
+fewer (SmoothQuant, arXiv 2211.10438, section 3). Weight channels are those that share a scale: the inputs, and the outputs
+too where one scale serves the whole weight.
 
 weight_only and input_only run the layer with float inputs and one of its two quantizers: their noises add up to the
 noise of its own output when they are independent.
@@ -160,27 +160,26 @@ def _with_weight(
     weight = get_tensor(twin, float_layer.weight)
     matrix, rounded = float_layer.to_matrix(weight), layer.to_matrix(evaluate(graph, layer.weight))
     share, noise = clipping(matrix, rounded, stored) if isinstance(stored, AffineWeight) else (None, None)
-    ratio, channel = outlier(_weight_peaks(layer, matrix, weight, whole=_is_whole(stored)))
+    axes = ("input", "output") if isinstance(stored, AffineWeight) and stored.group_size == 0 else ("input",)
+    found = [(*outlier(_weight_peaks(layer, matrix, weight, axis)), axis) for axis in axes]
+    ratio, channel, axis = max(found, key=lambda entry: entry[0] or 0.0)
     return dataclasses.replace(
         evidence,
         weight_bits=_code_bits(stored),
         weight_outlier_ratio=ratio,
         weight_outlier_channel=channel,
+        weight_outlier_axis=axis if ratio is not None else None,
         weight_clipped=share,
         weight_clip_noise=noise,
     )
 
 
-def _weight_peaks(layer: Layer, matrix: Tensor, weight: Tensor, *, whole: bool) -> Tensor:
-    """max |W| [channels] of the channels that share a scale: outputs with one for the tensor, else inputs."""
-    if whole:
+def _weight_peaks(layer: Layer, matrix: Tensor, weight: Tensor, axis: str) -> Tensor:
+    """max |W| [channels] of the weight's outputs or inputs (of a grouped convolution, inputs within a group)."""
+    if axis == "output":
         return channel_peaks(matrix, 0)
     spatial = weight[0, 0].numel() if layer.kind in ("conv", "conv_transpose") else 1
     return channel_peaks(matrix.unflatten(1, (-1, spatial)), 1)
-
-
-def _is_whole(weight: QuantWeight) -> bool:
-    return isinstance(weight, AffineWeight) and weight.group_size == 0
 
 
 def _code_bits(weight: QuantWeight) -> float:

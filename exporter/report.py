@@ -89,6 +89,7 @@ class Evidence:
     weight_bits, input_bits        width of the codes of one value
     weight_only_db, input_only_db  SQNR of the layer's own output when only its weight, only its input is quantized
     *_outlier_ratio                largest channel's max|value| / the median channel's; *_outlier_channel: which it is
+    weight_outlier_axis            what that channel is to the weight: input or output
     *_clipped                      share of values outside the quantizer's range
     *_clip_noise                   share of the quantizer's squared error that those values make
     """
@@ -99,6 +100,7 @@ class Evidence:
     input_only_db: float | None = None
     weight_outlier_ratio: float | None = None
     weight_outlier_channel: int | None = None
+    weight_outlier_axis: str | None = None
     input_outlier_ratio: float | None = None
     input_outlier_channel: int | None = None
     weight_clipped: float | None = None
