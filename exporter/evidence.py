@@ -7,8 +7,8 @@ Of a quantizer Q of values v (a layer's weight, or its input in the float twin):
     outlier_ratio max_c m_c / median_c m_c,   m_c = max |v| over channel c, channels of zeros left out
 
 Input channels share one scale, or one of each token: a channel m times the median's leaves the others log2(m) bits
-fewer (SmoothQuant, arXiv 2211.10438, section 3). Weight channels are those that share a scale: the inputs, and the outputs
-too where one scale serves the whole weight.
+fewer (SmoothQuant, arXiv 2211.10438, section 3). Weight channels are those that share a scale: the inputs, and the
+outputs too where one scale serves the whole weight.
 
 weight_only and input_only run the layer with float inputs and one of its two quantizers: their noises add up to the
 noise of its own output when they are independent.
