@@ -107,6 +107,38 @@ def passes_command(name: str | None) -> None:
     show(render_passes() if name is None else render_pass(name))
 
 
+@cli.command("diff")
+@click.argument("old", type=click.Path(path_type=Path))
+@click.argument("new", type=click.Path(path_type=Path))
+@click.option("--gate", "gates", multiple=True, metavar="EXPR", help="What may be lost: sqnr_db.drop<=0.5.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="Also write it as markdown.")
+@click.option("--model", type=click.Path(path_type=Path), help="The model in float, where OLD is an ONNX file.")
+@click.option("--calib", metavar="FILE|pkg.mod:function", help="With --model: as compile was given it.")
+@click.option("--factory", metavar="pkg.mod:function", help="With --model: as compile was given it.")
+@click.option("--trust-model", is_flag=True, help="With --model: load one that runs code of its own.")
+@click.option("--eval", metavar="pkg.mod:function", help="With --model: as compile was given it.")
+def diff_command(old: Path, new: Path, gates: tuple[str, ...], as_json: bool, out: Path | None, **source: Any) -> int:
+    """What got better or worse from OLD to NEW: output folders or their report.json.
+
+    OLD may also be another tool's ONNX file of the model. Exit code 3 when a gate failed.
+    """
+    with library_warnings(False):
+        from exporter.diff_onnx import Source
+        from exporter.diff_paths import diff_paths, write_text
+        from exporter.gates import exit_code
+        from exporter.render.diff_text import markdown, render
+
+        found = diff_paths(old, new, gates=gates, source=Source(**source))
+        if out is not None:
+            write_text(out, markdown(found))
+    if as_json:
+        click.echo(found.to_json(), nl=False)
+    else:
+        show(render(found))
+    return exit_code(found.gates)
+
+
 @cli.command("inspect")
 @click.argument("out", type=click.Path(path_type=Path))
 def inspect_command(out: Path) -> None:
