@@ -2,7 +2,7 @@
 
 The graph keeps its ATen operators whole (batch norm, linear, attention), takes flat inputs by name and returns a flat
 tuple. What inference does not need is dropped: dropout, dtype assertions, casts and slices that change nothing.
-Parameters are cloned, because the exported program shares them with the user's model.
+Parameters are cloned, because the exported program shares them with the user's model; those mapped from a file are not.
 """
 
 import copy
@@ -18,6 +18,7 @@ from exporter.functional import inline_regions, make_functional
 from passes.base import LayerRule, Program, TargetRules
 from passes.calibration import Calibration
 from passes.graph import aten, copy_graph, inputs_of, tidy
+from passes.memory import is_mapped
 
 DROPOUTS = {aten.dropout.default, aten.dropout_.default, aten.feature_dropout.default, aten.alpha_dropout.default}
 ALIASES = {aten.alias.default, aten.detach.default}
@@ -55,7 +56,7 @@ def flatten(program: torch.export.ExportedProgram) -> tuple[fx.GraphModule, tupl
     output = module.graph.output_node()
     output.args = (tuple(output.args[0][index] for index in keep),)  # type: ignore[index]  # a flat list of nodes
     strip(module)
-    clone_tensors(module)
+    own_tensors(module)
     graph = copy_graph(module)
     tidy(graph)
     return graph, tuple(names[index] for index in keep)
@@ -119,15 +120,15 @@ def copies_only(node: fx.Node) -> bool:
     return node.target is aten.lift_fresh_copy.default or shares_memory(node)
 
 
-def clone_tensors(module: nn.Module) -> None:
-    """Give the graph tensors of its own: detached, contiguous, one clone for each storage it shared."""
-    clones: dict[int, Tensor] = {}
+def own_tensors(module: nn.Module) -> None:
+    """Give the graph tensors of its own, as buffers: detached, contiguous, one for each tensor that was shared."""
+    owned: dict[int, Tensor] = {}
     for owner in module.modules():
         for name, tensor in [*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)]:
-            if id(tensor) not in clones:
-                clones[id(tensor)] = tensor.detach().clone().contiguous()
+            if id(tensor) not in owned:
+                owned[id(tensor)] = (tensor if is_mapped(tensor) else tensor.clone()).detach().contiguous()
             delattr(owner, name)
-            owner.register_buffer(name, clones[id(tensor)])
+            owner.register_buffer(name, owned[id(tensor)])
 
 
 def dynamic_axes(program: torch.export.ExportedProgram, graph: fx.GraphModule) -> dict[str, dict[int, str]]:

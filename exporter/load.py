@@ -4,7 +4,8 @@
 - state_dict: a zip with `data.pkl`, torch.save's magic number, or safetensors; loaded with weights_only into the
   module that --factory makes
 - module: the same, where the safe unpickler meets a class; only with --trust-model
-- huggingface: a folder with config.json and *.safetensors; loaded by transformers from local files only
+- huggingface: a folder with config.json and *.safetensors; loaded by transformers from local files only, and by
+  exporter.foreign where its weights are quantized
 
 A name says nothing: `model.pt` may be any of them.
 """
@@ -19,7 +20,7 @@ import struct
 import sys
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -28,6 +29,10 @@ from torch import Tensor, nn
 
 from exporter.archive import inspect_archive
 from exporter.errors import InputError
+from exporter.foreign.base import ForeignWeight, Settings
+from exporter.foreign.folder import read_quantized, settings_of
+from exporter.mapped import map_safetensors
+from passes.memory import release
 
 Kind = Literal["exported", "state_dict", "module", "huggingface"]
 Format = Literal["exported", "torch_zip", "torch_legacy", "safetensors", "huggingface"]
@@ -53,12 +58,16 @@ HOW_TO_LOAD = (
 
 @dataclass(frozen=True, eq=False)
 class Loaded:
-    """A model in eval mode: `program` when the file is a torch.export archive, else `module`."""
+    """A model in eval mode: `program` when the file is a torch.export archive, else `module`.
+
+    `weights` {path of a layer's module: its codes} of a checkpoint quantized already; `module` holds their values.
+    """
 
     kind: Kind
     path: Path
     program: torch.export.ExportedProgram | None = None
     module: nn.Module | None = None
+    weights: Mapping[str, ForeignWeight] = field(default_factory=dict)
 
 
 def load_model(path: Path, *, factory: str | None = None, trust: bool = False) -> Loaded:
@@ -71,7 +80,7 @@ def load_model(path: Path, *, factory: str | None = None, trust: bool = False) -
     if found == "exported":
         loaded = Loaded("exported", path, program=_load_exported(path, trust))
     elif found == "huggingface":
-        loaded = Loaded("huggingface", path, module=_load_huggingface(path))
+        loaded = _load_huggingface(path)
     else:
         content = _load_safetensors(path) if found == "safetensors" else _load_pickle(path, trust)
         if isinstance(content, nn.Module):
@@ -227,12 +236,9 @@ def _torch_load(path: Path, *, weights_only: bool) -> Any:
 
 
 def _load_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     try:
-        return load_file(path)
-    except (SafetensorError, ValueError, OSError, KeyError) as error:
+        return map_safetensors(path)
+    except (ValueError, OSError) as error:
         raise _damaged(path, error) from error
 
 
@@ -310,7 +316,7 @@ def _identity(tensor: Tensor) -> tuple[object, ...]:
 # --------------------------------------------------------------------------------------------------- Hugging Face
 
 
-def _load_huggingface(path: Path) -> nn.Module:
+def _load_huggingface(path: Path) -> Loaded:
     where = str(path)
     config_file = path / "config.json"
     try:
@@ -318,11 +324,7 @@ def _load_huggingface(path: Path) -> nn.Module:
         architectures = settings.get("architectures")
     except (ValueError, AttributeError, OSError) as error:
         raise InputError("is not a JSON object", where=str(config_file), fix="write it with save_pretrained") from error
-    if settings.get("quantization_config"):
-        method = settings["quantization_config"].get("quant_method", "unnamed")
-        raise InputError(
-            f"a checkpoint quantized already ({method}) is not supported yet", where=where, fix="give the float model"
-        )
+    quantization = settings_of(path, settings)
     if not isinstance(architectures, list) or not architectures:
         raise InputError("names no architectures", where=str(config_file), fix="write it with model.save_pretrained")
     if not any(path.glob("*.safetensors")):
@@ -342,27 +344,37 @@ def _load_huggingface(path: Path) -> nn.Module:
             where=where,
             fix=f"load it yourself and {HOW_TO_EXPORT}",
         )
-    return _from_pretrained(path, model_class)
+    return _from_pretrained(path, model_class, quantization)
 
 
-def _from_pretrained(path: Path, model_class: Any) -> nn.Module:
+def _from_pretrained(path: Path, model_class: Any, quantization: Settings | None) -> Loaded:
     """Local files only, no code of the folder's; without a cache, and with attention as one operator, it exports."""
     from transformers.utils import logging as transformers_logging
 
+    tensors, weights = _folder_tensors(path), {}
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # theirs is untyped
     try:
         config = model_class.config_class.from_pretrained(path, local_files_only=True)
         config.use_cache = False
+        if quantization is not None:
+            vars(config).pop("quantization_config", None)
+            with torch.device("meta"):
+                skeleton = model_class(config)
+            quantized = read_quantized(path, quantization, tensors, skeleton)
+            tensors, weights = quantized.tensors, quantized.weights
         module, info = model_class.from_pretrained(
-            path,
+            None,
             config=config,
+            state_dict=tensors,
+            dtype="auto" if quantization is None else torch.float32,
             local_files_only=True,
-            use_safetensors=True,
             trust_remote_code=False,
             attn_implementation="sdpa" if model_class._supports_sdpa else "eager",
             output_loading_info=True,
         )
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(
             f"transformers cannot load this folder: {_describe(error)}",
@@ -376,7 +388,25 @@ def _from_pretrained(path: Path, model_class: Any) -> nn.Module:
         raise InputError(
             f"weights are missing: {_listed(missing)}", where=str(path), fix="write it again with model.save_pretrained"
         )
-    return cast(nn.Module, module)
+    return Loaded("huggingface", path, module=module, weights=weights)
+
+
+def _folder_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of every safetensors file that belongs to the model, mapped."""
+    index = path / "model.safetensors.index.json"
+    if not index.is_file():
+        single = path / "model.safetensors"
+        return _load_safetensors(single if single.is_file() else min(path.glob("*.safetensors")))
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise _damaged(index, error) from error
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise InputError(f"{name!r} is no file beside it", where=str(index), fix="write the model again")
+        tensors |= _load_safetensors(path / name)
+    return tensors
 
 
 # ---------------------------------------------------------------------------------------------------------- weights
@@ -387,6 +417,7 @@ def _check_finite(loaded: Loaded) -> None:
     parameters, buffers = _tensors(loaded)
     for name, tensor in parameters:
         _refuse(loaded.path, name, tensor, infinite=True)
+        release([tensor])
     for name, tensor in buffers:
         _refuse(loaded.path, name, tensor, infinite=False)
 

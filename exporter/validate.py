@@ -34,6 +34,7 @@ from exporter.sample_sums import LAYER_BLOCKS, OUTPUT_BLOCKS, SampleSums
 from passes.base import Program
 from passes.calibration import Batch, cut
 from passes.graph import Layer, find_layers, get_tensor, inputs_of
+from passes.memory import release
 from passes.ops import FAKE_QUANTIZE, FAKE_QUANTIZE_DYNAMIC
 from runtimes.base import Array, Artifact, RuntimeFault, Session
 from runtimes.eager import EagerSession
@@ -53,7 +54,7 @@ def arrays(batch: Batch) -> dict[str, Array]:
 def eager_session(program: Program, graph: fx.GraphModule) -> EagerSession:
     """A session that runs one of the program's graphs in eager torch."""
     names = tuple(program.calibration.batches[0])
-    return EagerSession(graph, names, program.output_names)
+    return EagerSession(graph, names, program.output_names, release=release)
 
 
 def compare_outputs(
@@ -162,6 +163,7 @@ class _Recorder(fx.Interpreter):
         args, _ = self.fetch_args_kwargs_from_env(n)
         value = super().run_node(n)
         self._keep(n, args, value)
+        release(argument for argument in args if isinstance(argument, Tensor))
         return value
 
 

@@ -9,7 +9,8 @@ from typing import ClassVar
 from torch import Tensor, fx
 
 from passes.calibration import Calibration
-from passes.graph import Layer, copy_graph, find_layers, tidy
+from passes.graph import Layer, find_layers, tidy
+from passes.memory import Memory
 
 
 class PassError(Exception):
@@ -93,10 +94,11 @@ class Program:
 
     graph          ATen level, flat inputs and outputs, runnable in eager torch after every pass
     reference      the capture as it came, never changed (shares tensors with graph)
-    float_twin     the graph just before the first quantizing pass: same layers, float weights
+    float_twin     the graph just before the first quantizing pass: same layers, all with float weights
     output_names   names of the graph's outputs, in order
     dynamic        {input: {axis: label}} of the axes that stay free
     channel_stats  {layer: ChannelStatistics}, left by fold-bn and kept in step by the passes that rescale channels
+    memory         where results and waiting activations are kept
     on_step        told (layer, layers done, layers in all) by passes that take long
     """
 
@@ -110,6 +112,7 @@ class Program:
     seed: int = 0
     float_twin: fx.GraphModule | None = None
     channel_stats: dict[str, ChannelStatistics] = dataclasses.field(default_factory=dict)
+    memory: Memory = dataclasses.field(default_factory=Memory)
     on_step: Callable[[str, int, int], None] = _silent
 
     def layers(self) -> list[Layer]:
@@ -202,13 +205,15 @@ class Pipeline:
                 before(step)
             work = step.work
             if work.quantizes and program.float_twin is None:
-                program.float_twin = copy_graph(program.graph)
+                program.float_twin = float_copy(program.graph)
             work.requires(program)
             result = work.run(program)
             tidy(program.graph)
             work.ensures(program)
             options = {field.name: getattr(work, field.name) for field in dataclasses.fields(work)}  # type: ignore[arg-type]  # passes are dataclasses
             records.append(PassRecord(work.name, options, result, step.inserted))
+        if program.float_twin is None:
+            program.float_twin = float_copy(program.graph)
         return records
 
 

@@ -5,13 +5,14 @@ and partial sums are added in batch order.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from passes.graph import inputs_of
+from passes.memory import Memory, release
 
 Batch = Mapping[str, Tensor]
 
@@ -38,10 +39,11 @@ class Calibration:
 class Stream:
     """Runs a graph over batches node by node, keeping only the values that later nodes still need.
 
-    The graph may be edited in front of nodes that have not run yet.
+    The graph may be edited in front of nodes that have not run yet. Values past what `memory` holds wait on disk.
     """
 
-    def __init__(self, graph: fx.GraphModule, batches: Sequence[Batch]) -> None:
+    def __init__(self, graph: fx.GraphModule, batches: Sequence[Batch], memory: Memory | None = None) -> None:
+        self._memory = memory or Memory()
         self._interpreters = [fx.Interpreter(graph, garbage_collect_values=False) for _ in batches]
         for interpreter, batch in zip(self._interpreters, batches, strict=True):
             interpreter.args_iter = iter(_arguments(graph, batch))
@@ -65,15 +67,32 @@ class Stream:
         return [interpreter.env[node] for interpreter in self._interpreters]
 
     def _run(self, node: fx.Node) -> None:
+        spills = node.op != "get_attr" and self._waiting() > self._memory.activations
         for interpreter in self._interpreters:
             with torch.no_grad():
-                interpreter.env[node] = interpreter.run_node(node)
+                value = interpreter.run_node(node)
+            interpreter.env[node] = self._memory.spill(value) if spills and isinstance(value, Tensor) else value
+            release(_tensors(interpreter, node.all_input_nodes))
             for value in node.all_input_nodes:
                 # A get_attr costs nothing to keep; anything else goes once its last reader has run.
                 if value.op != "get_attr" and not any(user > node for user in value.users):
                     interpreter.env.pop(value, None)
             if not node.users and node.op != "output":
                 del interpreter.env[node]
+
+    def _waiting(self) -> int:
+        """Bytes of the values that wait for their readers, in memory or on disk."""
+        return sum(
+            tensor.nbytes
+            for interpreter in self._interpreters
+            for tensor in _tensors(interpreter, [node for node in interpreter.env if node.op != "get_attr"])
+        )
+
+
+def _tensors(interpreter: fx.Interpreter, nodes: Iterable[fx.Node]) -> list[Tensor]:
+    """The values of those nodes that are still there and are tensors."""
+    values = (interpreter.env.get(node) for node in nodes)
+    return [value for value in values if isinstance(value, Tensor)]
 
 
 def run_graph(graph: fx.GraphModule, batches: Sequence[Batch]) -> list[tuple[Tensor, ...]]:

@@ -16,11 +16,11 @@ class Walk:
     """Moments of layers' inputs as the graph is when their turn comes."""
 
     def __init__(self, program: Program) -> None:
-        self._stream = Stream(program.graph, program.calibration.batches)
+        self._stream = Stream(program.graph, program.calibration.batches, program.memory)
         self._floats: Stream | None = None
         self._twins: dict[str, Layer] = {}
         if program.float_twin is not None:
-            self._floats = Stream(program.float_twin, program.calibration.batches)
+            self._floats = Stream(program.float_twin, program.calibration.batches, program.memory)
             self._twins = {layer.name: layer for layer in find_layers(program.float_twin)}
         self._reads: list[object] = []
         self._hessian: Tensor | None = None

@@ -7,22 +7,25 @@
 and then what brings the matrix [out, in] into the layer's own shape.
 """
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, fx
 
 from passes.graph import Layer, add_tensor, aten, call_before, get_tensor, set_argument, slot, weight_of
+from passes.memory import Memory
 from passes.ops import DEQUANTIZE, DEQUANTIZE_CODEBOOK
 from passes.weights import AffineWeight, CodebookWeight, QuantWeight
 
 SOURCES = (DEQUANTIZE, DEQUANTIZE_CODEBOOK)
 
 
-def write_weight(graph: fx.GraphModule, layer: Layer, weight: QuantWeight) -> None:
-    """Have the layer read `weight` instead of its float one; its dtype and shape stay."""
+def write_weight(graph: fx.GraphModule, layer: Layer, weight: QuantWeight, memory: Memory | None = None) -> None:
+    """Have the layer read `weight`, kept in `memory`, instead of its float one; its dtype and shape stay."""
     original = weight_of(graph, layer)
     before, name = layer.node, f"{slot(layer)}.weight"
+    weight = dataclasses.replace(weight, codes=(memory or Memory()).keep(weight.codes))
     if isinstance(weight, CodebookWeight):
         node = _write_codebooks(graph, name, weight, original.dtype, before)
     else:

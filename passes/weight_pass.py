@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from passes.affine_grid import ScaleSearch, fit_grid
 from passes.base import Pass, PassError, PassResult, Program, Skip
 from passes.graph import Layer, aten, outputs_of, weight_of
+from passes.memory import release
 from passes.ops import FAKE_QUANTIZE, FAKE_QUANTIZE_DYNAMIC
 from passes.walk import Walk
 from passes.weight_nodes import is_quantized, write_weight
@@ -108,7 +109,8 @@ class WeightPass(Pass):
                     quantized = work.quantize_layer(matrix, layer, walk)
             except PassError as error:
                 raise PassError(error.what, node=layer.name, fix=error.fix) from error
-            write_weight(program.graph, layer, quantized)
+            release([weight_of(program.graph, layer)])
+            write_weight(program.graph, layer, quantized, program.memory)
             changed.append(layer.name)
             stored_bits += quantized.bits_per_weight * matrix.numel()
             weights += matrix.numel()

@@ -1,6 +1,7 @@
 """Eager torch: runs an fx graph behind the same interface as an artifact."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,13 +13,19 @@ from runtimes.base import Array, RuntimeFault, Session
 class EagerSession(Session):
     """A graph that takes `inputs` in order and returns a flat tuple, fed and read by name as numpy arrays.
 
-    Outputs in bfloat16, which numpy lacks, come back as float32.
+    Outputs in bfloat16, which numpy lacks, come back as float32. `release` is told the graph's tensors after each use.
     """
 
     def __init__(
-        self, graph: fx.GraphModule, inputs: Sequence[str], outputs: Sequence[str], *, device: str = "cpu"
+        self,
+        graph: fx.GraphModule,
+        inputs: Sequence[str],
+        outputs: Sequence[str],
+        *,
+        device: str = "cpu",
+        release: Callable[[Iterable[Tensor]], None] = lambda tensors: None,
     ) -> None:
-        self._graph, self._device = graph, device
+        self._graph, self._device, self._release = graph, device, release
         self.inputs, self.outputs = tuple(inputs), tuple(outputs)
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
@@ -27,7 +34,7 @@ class EagerSession(Session):
         tensors = [_to_tensor(feeds[name]).to(self._device) for name in self.inputs]
         try:
             with torch.no_grad():
-                values = self._graph(*tensors)
+                values = _Interpreter(self._graph, self._release).run(*tensors)
         except (
             RuntimeError,
             TypeError,
@@ -36,6 +43,18 @@ class EagerSession(Session):
         ) as error:  # what torch raises for values that do not fit
             raise RuntimeFault(f"eager torch failed: {error}") from error
         return {name: _to_array(value) for name, value in zip(self.outputs, values, strict=True)}
+
+
+class _Interpreter(fx.Interpreter):
+    def __init__(self, graph: fx.GraphModule, release: Callable[[Iterable[Tensor]], None]) -> None:
+        super().__init__(graph)
+        self._release = release
+
+    def run_node(self, n: fx.Node) -> Any:
+        constants = [self.env[node] for node in n.all_input_nodes if node.op == "get_attr"]
+        value = super().run_node(n)
+        self._release(constants)
+        return value
 
 
 def _to_tensor(array: Array) -> Tensor:
