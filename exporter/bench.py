@@ -22,6 +22,7 @@ from exporter.errors import InputError
 from exporter.float_twin import make_float
 from exporter.lowering.to_onnx import save
 from exporter.render.text import plural
+from exporter.report_files import add_latency
 from runtimes.base import Array, Artifact, RuntimeFault, Session
 from runtimes.ort import OnnxRuntime
 
@@ -57,6 +58,8 @@ def bench(
 ) -> BenchResult:
     """Time OUT/model.onnx beside `float_model` (ONNX, same inputs) or its float twin, with each size of `batches`.
 
+    The result goes into OUT's timings.json and report.html too, where OUT has a report.
+
     `length` is the size of free axes other than the first. A model whose first axis is fixed is timed at that size.
     Raises InputError when there is no model, or one does not take inputs of that length.
     """
@@ -85,7 +88,9 @@ def bench(
         except RuntimeFault as fault:
             fix = fault.fix or "does the model take inputs of this size? give --batch and --length"
             raise InputError(fault.what, where=str(out), fix=fix) from fault
-    return BenchResult(timings, threads, rounds)
+    result = BenchResult(timings, threads, rounds)
+    add_latency(out, dataclasses.asdict(result))
+    return result
 
 
 def render(result: BenchResult) -> RenderableType:

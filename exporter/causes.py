@@ -13,7 +13,8 @@ at the layer's own output, and of both when the smaller is a quarter of the larg
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from exporter.metrics import EXACT_DB
 from exporter.report import Cause, Evidence, LayerDiff
@@ -26,6 +27,7 @@ QUARTER_DB = 6.0
 CLIP_NOISE = 0.25
 OUTLIER_RATIO = 8.0
 COARSE_BITS = 4
+WORTH_A_LOOK = 12
 
 FLOAT_OPERATORS = frozenset({"Conv", "ConvTranspose", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul"})
 """onnxruntime's float kernels for layers."""
@@ -48,6 +50,18 @@ def explain(layers: Iterable[LayerDiff], evidence: Mapping[str, Evidence]) -> tu
     """The layers with their evidence, {layer: evidence}, and the causes it speaks for."""
     given = [dataclasses.replace(layer, evidence=evidence.get(layer.name)) for layer in layers]
     return tuple(dataclasses.replace(layer, causes=likely_causes(layer)) for layer in given)
+
+
+def worth_a_look(layers: Sequence[LayerDiff], limit: int = WORTH_A_LOOK) -> tuple[str, ...]:
+    """`limit` layers at most: in turns the worst in the network and the worst alone, which may be the source."""
+    total = {entry.name: entry.output_sqnr_db.worst for entry in layers}
+    own = {entry.name: entry.output_sqnr_db.own for entry in layers}
+    turns = itertools.zip_longest(_lowest_first(total), _lowest_first(own))
+    return tuple(dict.fromkeys(name for pair in turns for name in pair if name is not None))[:limit]
+
+
+def _lowest_first(figures: Mapping[str, float | None]) -> list[str]:
+    return [name for _, name in sorted((db, name) for name, db in figures.items() if db is not None)]
 
 
 def likely_causes(layer: LayerDiff) -> tuple[Cause, ...]:

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import platform
 import time
 from collections.abc import Iterator, Mapping
@@ -18,12 +17,13 @@ from exporter.backends.tensorrt.build import BuildError, available_flavor
 from exporter.backends.tensorrt.bundle import EngineResult, finish
 from exporter.backends.tensorrt.lower import TensorRTBackend
 from exporter.capture import capture
-from exporter.causes import explain
+from exporter.causes import explain, worth_a_look
 from exporter.checkpoint import save_checkpoint
 from exporter.errors import InputError, InternalError, TargetError
 from exporter.evidence import gather
+from exporter.foreign.adopt import adopt
 from exporter.gates import evaluate, exit_code, parse_gate
-from exporter.histograms import layer_histograms, worth_a_look
+from exporter.histograms import layer_histograms
 from exporter.kernels import kernel_of_layers, optimized_kernels
 from exporter.load import Loaded, load_model
 from exporter.lowering.lowered import Lowered
@@ -32,8 +32,8 @@ from exporter.prepare import Prepared, prepare
 from exporter.progress import Progress, Silent
 from exporter.recipe import Recipe
 from exporter.recipe_values import InputSpec
-from exporter.render import markdown
 from exporter.report import AllSums, Json, PassRecordView, Report, Sizes, SkipView, Sums
+from exporter.report_files import write_reports
 from exporter.validate import OutputFigures, compare_layers, compare_outputs, eager_session, evaluate_metrics
 from exporter.versions import versions
 from passes import PASSES
@@ -132,6 +132,7 @@ class _Clock:
 
 def _compile(loaded: Loaded, recipe: Recipe, folder: Path, progress: Progress, given: object) -> CompileResult:
     clock = _Clock(progress)
+    recipe = recipe.for_model(quantized=bool(loaded.weights))
     with threads(recipe.threads):
         clock.stage("capture")
         backends = [backend_for(target, recipe.trt_arch) for target in recipe.target]
@@ -145,6 +146,7 @@ def _compile(loaded: Loaded, recipe: Recipe, folder: Path, progress: Progress, g
             seed=recipe.seed,
         )
         program.on_step = progress.step
+        adopt(program, loaded.weights, loaded.path)
 
         pipeline = Pipeline(recipe.parsed_passes, PASSES)
         records = pipeline.run(program, before=lambda step: clock.stage(step.work.name))
@@ -305,10 +307,7 @@ def write(
     folder: Path, report: Report, seconds: Mapping[str, float], prepared: Prepared, recipe: Recipe, loaded: Loaded
 ) -> None:
     """The reports, the timings and the manifest."""
-    (folder / "report.json").write_text(report.to_json(), encoding="utf-8")
-    (folder / "report.md").write_text(markdown.render(report), encoding="utf-8")
-    rounded = {stage: round(value, 3) for stage, value in seconds.items()}
-    (folder / "timings.json").write_text(json.dumps({"seconds": rounded}, indent=2) + "\n", encoding="utf-8")
+    write_reports(folder, report, seconds)
     sha256 = file_sha256(loaded.path) if loaded.path.is_file() else None
     write_manifest(folder, recipe=recipe.to_json(), calibration_sha256=prepared.sha256, model_sha256=sha256)
 

@@ -7,9 +7,11 @@
     metric.perplexity.rise<=0.5            value - reference, where lower is better
     metric.perplexity.ratio<=1.01          value / reference
     onnxruntime.max_abs<=0.1               any of them of one runtime: eager_quantized, onnxruntime, tensorrt
+    layer.output_sqnr_db>=15               of every layer, the lower of eager torch and the file, against float;
+                                           also weight_sqnr_db, cosine, max_abs, bits_per_weight
 
-Every runtime that ran (unless one is named) and every output must pass; the verdict shows the one that is furthest from
-passing. A figure that nobody measured has not passed.
+Every runtime that ran (unless one is named), every output and every layer that has the figure must pass; the verdict
+shows the one that is furthest from passing. A figure that nobody measured has not passed.
 """
 
 import dataclasses
@@ -20,12 +22,20 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 
 from exporter.errors import InputError
-from exporter.report import GateResult, Report
+from exporter.report import GateResult, LayerDiff, Report
 
 RUNTIMES = ("eager_quantized", "onnxruntime", "tensorrt")
 FIGURES = ("sqnr_db", "cosine", "max_abs", "mean_abs", "top1_agreement", "kl")
 SIZE = "size_ratio"
 METRIC = "metric"
+LAYER = "layer"
+LAYER_FIGURES: Mapping[str, Callable[[LayerDiff], float | None]] = {
+    "output_sqnr_db": lambda layer: layer.output_sqnr_db.worst,
+    "weight_sqnr_db": lambda layer: layer.weight_sqnr_db,
+    "cosine": lambda layer: layer.cosine,
+    "max_abs": lambda layer: layer.max_abs,
+    "bits_per_weight": lambda layer: layer.bits_per_weight,
+}
 CHANGES: Mapping[str, Callable[[float, float], float | None]] = {
     "drop": lambda reference, value: reference - value,
     "rise": lambda reference, value: value - reference,
@@ -55,7 +65,10 @@ class GateSyntaxError(InputError):
 
 @dataclasses.dataclass(frozen=True)
 class Gate:
-    """A parsed gate; `runtime` None stands for all that ran, `metric` and `change` belong to figures of --eval."""
+    """A parsed gate; `runtime` None stands for all that ran, `metric` and `change` belong to figures of --eval.
+
+    `layer` is the figure of LAYER_FIGURES where every layer is meant.
+    """
 
     expr: str
     figure: str
@@ -64,6 +77,7 @@ class Gate:
     runtime: str | None = None
     metric: str | None = None
     change: str | None = None
+    layer: str | None = None
 
 
 def parse_gate(expr: str) -> Gate:
@@ -74,6 +88,8 @@ def parse_gate(expr: str) -> Gate:
     runtime, figure = (head, rest) if head in RUNTIMES and rest else (None, subject)
     if figure in (*FIGURES, SIZE):
         return Gate(text, figure, relation, bound, runtime)
+    if head == LAYER and rest in LAYER_FIGURES:
+        return Gate(text, LAYER, relation, bound, layer=rest)
     kind, _, metric = figure.partition(".")
     if kind != METRIC or not metric:
         raise GateSyntaxError(f"unknown figure {subject!r}", where="--gate", fix=_nearest(subject))
@@ -101,6 +117,15 @@ def split_gate(expr: str, example: str) -> tuple[str, str, float]:
 def evaluate(gates: Iterable[Gate], report: Report) -> tuple[GateResult, ...]:
     """The verdict on every gate from the report's figures."""
     return tuple(_evaluate(gate, report) for gate in gates)
+
+
+def judge_layers(gate: Gate, report: Report) -> dict[str, GateResult]:
+    """{layer: verdict} of a gate on layers, of those that have the figure; {} for another gate."""
+    return {
+        name: judge(gate.expr, gate.relation, gate.bound, {name: value})
+        for name, value in _layers(gate, report).items()
+        if value is not None
+    }
 
 
 def exit_code(results: Iterable[GateResult]) -> int:
@@ -138,9 +163,11 @@ def _figures(gate: Gate, report: Report) -> dict[str, float | None]:
     """{where: figure} for all that the gate speaks of."""
     runtimes = RUNTIMES if gate.runtime is None else (gate.runtime,)
     if gate.figure == SIZE:
-        return _size_ratios(runtimes if gate.runtime else ("onnxruntime", "tensorrt"), report)
+        return size_ratios(runtimes if gate.runtime else ("onnxruntime", "tensorrt"), report)
     if gate.figure == METRIC:
         return _metrics(gate, runtimes, report)
+    if gate.figure == LAYER:
+        return _layers(gate, report)
     return {
         f"{runtime} {output}": getattr(figures, gate.figure)
         for runtime in runtimes
@@ -148,13 +175,19 @@ def _figures(gate: Gate, report: Report) -> dict[str, float | None]:
     }
 
 
-def _size_ratios(runtimes: Iterable[str], report: Report) -> dict[str, float | None]:
+def size_ratios(runtimes: Iterable[str], report: Report) -> dict[str, float | None]:
+    """{runtime: bytes of the files it loads / bytes of the float parameters} of those that were made."""
     ratios: dict[str, float | None] = {}
     for runtime in runtimes:
         sizes = [report.sizes.files[name] for name in FILES[runtime] if name in report.sizes.files]
         if sizes and report.sizes.float_parameters:
             ratios[runtime] = sum(sizes) / report.sizes.float_parameters
     return ratios
+
+
+def _layers(gate: Gate, report: Report) -> dict[str, float | None]:
+    """{layer: figure}; {} for a gate on something else."""
+    return {layer.name: LAYER_FIGURES[gate.layer](layer) for layer in report.layers} if gate.layer else {}
 
 
 def _metrics(gate: Gate, runtimes: Iterable[str], report: Report) -> dict[str, float | None]:
@@ -171,5 +204,10 @@ def _metrics(gate: Gate, runtimes: Iterable[str], report: Report) -> dict[str, f
 def _nearest(subject: str) -> str:
     known = [*FIGURES, SIZE, *(f"{METRIC}.NAME.{change}" for change in CHANGES)]
     known += [f"{runtime}.{figure}" for runtime in RUNTIMES for figure in known]
+    known += [f"{LAYER}.{figure}" for figure in LAYER_FIGURES]
     near = difflib.get_close_matches(subject, known, n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join([*FIGURES, SIZE])}, metric.NAME"
+    return (
+        f"did you mean {' or '.join(near)}?"
+        if near
+        else f"known are {', '.join([*FIGURES, SIZE])}, metric.NAME, layer.{next(iter(LAYER_FIGURES))}"
+    )

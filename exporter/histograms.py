@@ -7,14 +7,13 @@
 Bins are equal and span both. The samples are run twice, for the span and for the counts, so that no run is held.
 """
 
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from exporter.evidence import few_batches
 from exporter.lowering.lowered import Lowered
-from exporter.report import Histogram, LayerDiff
+from exporter.report import Histogram
 from exporter.validate import evaluate, quantize_input, run_layers, run_marks
 from passes.base import Program
 from passes.graph import find_layers, get_tensor
@@ -23,22 +22,9 @@ from passes.weight_nodes import is_quantized
 from runtimes.base import Array
 
 BINS = 48
-LAYERS = 12
 
 Pair = tuple[str, str, Array, Array]
 """(layer, weight | input | output, values before, values after)."""
-
-
-def worth_a_look(layers: Sequence[LayerDiff], limit: int = LAYERS) -> tuple[str, ...]:
-    """`limit` layers at most: in turns the worst in the network and the worst alone, which may be the source."""
-    total = {entry.name: entry.output_sqnr_db.worst for entry in layers}
-    own = {entry.name: entry.output_sqnr_db.own for entry in layers}
-    turns = itertools.zip_longest(_lowest_first(total), _lowest_first(own))
-    return tuple(dict.fromkeys(name for pair in turns for name in pair if name is not None))[:limit]
-
-
-def _lowest_first(figures: Mapping[str, float | None]) -> list[str]:
-    return [name for _, name in sorted((db, name) for name, db in figures.items() if db is not None)]
 
 
 def layer_histograms(program: Program, lowered: Lowered, names: Sequence[str]) -> dict[str, dict[str, Histogram]]:

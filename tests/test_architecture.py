@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("exporter", "passes", "runtimes")
 ENGINES = {"onnxruntime", "tensorrt", "tensorrt_rtx"}
-THIRD_PARTY = {"torch", "numpy", "onnx", "onnx_ir", "onnxscript", "ml_dtypes", "safetensors", "click", "rich"}
+THIRD_PARTY = {"torch", "numpy", "onnx", "onnx_ir", "onnxscript", "ml_dtypes", "safetensors", "click", "rich", "jinja2"}
 OPTIONAL = ENGINES | {"transformers"}
 """Imported inside a function only: the product works without them."""
 

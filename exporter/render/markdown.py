@@ -1,26 +1,28 @@
 """A report as markdown, short enough for a comment on a pull request."""
 
-import shlex
 from collections.abc import Sequence
 
 from exporter.render.text import (
     FIGURES,
     NONE,
     RUNTIMES,
+    command,
     comparisons,
     decibels,
     gate_state,
     headline,
     kernels,
     layer_sqnr,
+    measured,
     metric,
     percent,
+    plain,
     plural,
     size,
     verdict,
     worst_layers,
 )
-from exporter.report import Json, PassRecordView, Report
+from exporter.report import PassRecordView, Report
 
 WORST_LAYERS = 8
 SKIPS_SHOWN = 40
@@ -91,8 +93,8 @@ def _layers(report: Report) -> str:
         for layer in shown
     ]
     headings = ("layer", "format", "bits", "weight dB", "own dB", "accumulated dB", "kernel")
-    measured = sum(layer_sqnr(layer) is not None for layer in report.layers)
-    title = f"**Worst layers** ({len(shown)} of {measured})"
+    known = sum(layer_sqnr(layer) is not None for layer in report.layers)
+    title = f"**Worst layers** ({len(shown)} of {known})"
     used = ", ".join(f"{name} {number}" for name, number in kernels(report.layers).items())
     parts = [title, _table(headings, rows, "llrrrrl")] if rows else []
     return "\n\n".join([*parts, f"Kernels: {_cell(used)}"] if used else parts)
@@ -102,10 +104,10 @@ def _passes(report: Report) -> str:
     rows = [
         (
             f"`{entry.name}`" + (" (inserted)" if entry.inserted else ""),
-            ", ".join(f"{key}={_plain(value)}" for key, value in entry.options.items()),
+            ", ".join(f"{key}={plain(value)}" for key, value in entry.options.items()),
             str(len(entry.changed)),
             str(len(entry.skipped)),
-            ", ".join(f"{key} {_measured(value)}" for key, value in entry.measured.items()),
+            ", ".join(f"{key} {measured(value)}" for key, value in entry.measured.items()),
         )
         for entry in report.passes
     ]
@@ -124,32 +126,13 @@ def _skips(entry: PassRecordView) -> list[str]:
 
 
 def _repeat(report: Report) -> str:
-    words = ["qexport", str(report.model.get("name", "MODEL"))]
-    for key, value in report.recipe.items():
-        words += _flag(key, value)
-    environment = ", ".join(f"{key} {_plain(value)}" for key, value in report.environment.items())
-    source = ", ".join(f"{key} {_plain(value)}" for key, value in report.calibration.items())
-    lines = [f"```\n{shlex.join(words)}\n```"]
+    environment = ", ".join(f"{key} {plain(value)}" for key, value in report.environment.items())
+    source = ", ".join(f"{key} {plain(value)}" for key, value in report.calibration.items())
+    lines = [f"```\n{command(report)}\n```"]
     lines += ["with the rules per layer of `recipe.layers` in report.json"] if report.recipe.get("layers") else []
     lines += [f"Calibration: {_cell(source)}"] if source else []
     lines += [f"Made with {_cell(environment)}"] if environment else []
     return "\n\n".join(["**Repeat**", *lines])
-
-
-def _flag(key: str, value: Json) -> list[str]:
-    """An entry of the recipe as the command line spells it; what has no flag (rules per layer) is left out."""
-    flag = f"--{key.replace('_', '-')}"
-    if value is None or value is False or value == "" or isinstance(value, dict):
-        return []
-    if value is True:
-        return [flag]
-    if not isinstance(value, list):
-        return [flag, str(value)]
-    if any(isinstance(entry, dict) for entry in value):
-        return []
-    if key == "passes":
-        return [flag, ",".join(map(str, value))]
-    return [word for entry in value for word in (flag, str(entry))]
 
 
 def _table(headings: Sequence[str], rows: Sequence[Sequence[str]], align: str) -> str:
@@ -168,11 +151,3 @@ def _cell(value: object) -> str:
 
 def _bold(state: str) -> str:
     return state if state == "passed" else f"**{state}**"
-
-
-def _plain(value: Json) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _measured(value: float | str) -> str:
-    return value if isinstance(value, str) else f"{value:.4g}"

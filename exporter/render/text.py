@@ -1,9 +1,13 @@
 """What every rendering says in the same words: the verdict, figures as text, which layers to look at first."""
 
+import dataclasses
+import shlex
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
+from exporter.gates import FILES
 from exporter.metrics import EXACT_DB, WORST, Figures
-from exporter.report import GateResult, LayerDiff, Report
+from exporter.report import GateResult, Json, LayerDiff, Report
 
 NONE = "-"
 
@@ -23,6 +27,19 @@ RUNTIMES = {
     "onnxruntime_unoptimized": "onnxruntime, unoptimized",
     "tensorrt": "TensorRT",
 }
+
+
+SHIPPED = ("onnxruntime", "tensorrt")
+"""Runtimes of artifacts, the one to speak of first."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Number:
+    """A figure of the first line, what it is, and what stands behind it."""
+
+    value: str
+    label: str
+    note: str
 
 
 def verdict(report: Report) -> str:
@@ -55,6 +72,79 @@ def headline(report: Report) -> str:
     if report.sizes.float_parameters:
         parts.append(f"float {size(report.sizes.float_parameters)}")
     return ", ".join(parts)
+
+
+def numbers_that_matter(report: Report, timings: Mapping[str, Any]) -> tuple[Number, ...]:
+    """Accuracy, size and speed against float; `timings` is what timings.json holds."""
+    return _accuracy(report), _size(report), _speed(timings)
+
+
+def _accuracy(report: Report) -> Number:
+    """The first metric of the user's own, or how far the outputs are."""
+    figures = [figures for outputs in report.outputs.values() for figures in outputs.values()]
+    sqnr = f"{decibels(min((entry.sqnr_db for entry in figures), default=None))} dB"
+    agreements = [entry.top1_agreement for entry in figures if entry.top1_agreement is not None]
+    top1 = f"top-1 agreement {percent(min(agreements))}" if agreements else ""
+    for name, values in report.metrics.items():
+        shown = next((values[run] for run in (*SHIPPED, "eager_quantized") if values.get(run) is not None), None)
+        if shown is not None:
+            note = ", ".join(filter(None, (f"SQNR {sqnr}", top1)))
+            return Number(f"{metric(values.get('reference'))} → {metric(shown)}", f"{name}, float → quantized", note)
+    return Number(sqnr if figures else NONE, "SQNR of the worst output against float", top1)
+
+
+def _size(report: Report) -> Number:
+    files = report.sizes.files
+    sizes = [sum(files.get(name, 0) for name in FILES[runtime]) for runtime in SHIPPED]
+    largest, whole = max(sizes), report.sizes.float_parameters
+    if not largest or not whole:
+        return Number(NONE, "of the float size", "")
+    return Number(f"{100 * largest / whole:.1f} %", "of the float size", f"{size(largest)} instead of {size(whole)}")
+
+
+def _speed(timings: Mapping[str, Any]) -> Number:
+    latency = timings.get("latency", {})
+    for timing in latency.get("timings", []):
+        before, after = timing["float_s"], timing["quantized_s"]
+        samples = plural(timing["batch"], "sample")
+        threads = plural(latency["threads"], "thread") if latency["threads"] else "all threads"
+        note = f"{samples}: {1000 * after:.3g} ms instead of {1000 * before:.3g} ms, {threads}"
+        return Number(f"{before / after:.2f}x", "as fast as float", note)
+    return Number(NONE, "speed against float", "not measured: run qexport bench on the output folder")
+
+
+def command(report: Report) -> str:
+    """The command line that makes this report again; rules per layer are not on it."""
+    words = ["qexport", str(report.model.get("name", "MODEL"))]
+    for key, value in report.recipe.items():
+        words += _flag(key, value)
+    return shlex.join(words)
+
+
+def _flag(key: str, value: Json) -> list[str]:
+    """An entry of the recipe as the command line spells it; what has no flag (rules per layer) is left out."""
+    flag = f"--{key.replace('_', '-')}"
+    if value is None or value is False or value == "" or isinstance(value, dict):
+        return []
+    if value is True:
+        return [flag]
+    if not isinstance(value, list):
+        return [flag, str(value)]
+    if any(isinstance(entry, dict) for entry in value):
+        return []
+    if key == "passes":
+        return [flag, ",".join(map(str, value))]
+    return [word for entry in value for word in (flag, str(entry))]
+
+
+def plain(value: Json) -> str:
+    """A value of the recipe, an option or an environment as text."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def measured(value: float | str) -> str:
+    """A figure that a pass measured."""
+    return value if isinstance(value, str) else f"{value:.4g}"
 
 
 def worst_layers(report: Report, limit: int) -> tuple[LayerDiff, ...]:
