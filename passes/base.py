@@ -8,9 +8,11 @@ from typing import ClassVar
 
 from torch import Tensor, fx
 
+from passes.cache import Cache
 from passes.calibration import Calibration
 from passes.graph import Layer, find_layers, tidy
 from passes.memory import Memory
+from passes.weight_nodes import float_copy
 
 
 class PassError(Exception):
@@ -99,6 +101,7 @@ class Program:
     dynamic        {input: {axis: label}} of the axes that stay free
     channel_stats  {layer: ChannelStatistics}, left by fold-bn and kept in step by the passes that rescale channels
     memory         where results and waiting activations are kept
+    cache          finished layers of this run and of one that was stopped, if they are kept
     on_step        told (layer, layers done, layers in all) by passes that take long
     """
 
@@ -113,6 +116,7 @@ class Program:
     float_twin: fx.GraphModule | None = None
     channel_stats: dict[str, ChannelStatistics] = dataclasses.field(default_factory=dict)
     memory: Memory = dataclasses.field(default_factory=Memory)
+    cache: Cache | None = None
     on_step: Callable[[str, int, int], None] = _silent
 
     def layers(self) -> list[Layer]:

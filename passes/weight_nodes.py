@@ -13,7 +13,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, fx
 
-from passes.graph import Layer, add_tensor, aten, call_before, get_tensor, set_argument, slot, weight_of
+from passes.graph import (
+    Layer,
+    add_tensor,
+    aten,
+    call_before,
+    copy_graph,
+    find_layers,
+    get_tensor,
+    set_argument,
+    set_weight,
+    slot,
+    tidy,
+    weight_of,
+)
 from passes.memory import Memory
 from passes.ops import DEQUANTIZE, DEQUANTIZE_CODEBOOK
 from passes.weights import AffineWeight, CodebookWeight, QuantWeight
@@ -97,6 +110,18 @@ def read_weight(graph: fx.GraphModule, layer: Layer) -> QuantWeight | None:
     if source is None:
         return None
     return _read_affine(graph, source) if source.target is DEQUANTIZE else _read_codebooks(graph, source)
+
+
+def float_copy(graph: fx.GraphModule) -> fx.GraphModule:
+    """A graph of its own, as copy_graph makes it, whose quantized weights are the float ones they stand for."""
+    copy = copy_graph(graph)
+    for layer in find_layers(copy):
+        weight = read_weight(copy, layer)
+        if weight is not None:
+            original = layer.weight.meta["val"]
+            set_weight(copy, layer, layer.from_matrix(weight.dequantize(), original.shape).to(original.dtype))
+    tidy(copy)
+    return copy
 
 
 def _read_affine(graph: fx.GraphModule, node: fx.Node) -> AffineWeight:

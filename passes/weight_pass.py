@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from passes.affine_grid import ScaleSearch, fit_grid
 from passes.base import Pass, PassError, PassResult, Program, Skip
+from passes.cache import first_key, next_key
 from passes.graph import Layer, aten, outputs_of, weight_of
 from passes.memory import release
 from passes.ops import FAKE_QUANTIZE, FAKE_QUANTIZE_DYNAMIC
@@ -94,6 +95,7 @@ class WeightPass(Pass):
         walk = Walk(program)
         stored_bits = weights = 0.0
         layers = program.layers()
+        key = "" if program.cache is None else self._first_key(program, program.cache.versions)
         for done, layer in enumerate(layers):
             program.on_step(layer.name, done, len(layers))
             try:
@@ -102,11 +104,13 @@ class WeightPass(Pass):
                 if reason:
                     skipped.append(Skip(layer.name, reason))
                     continue
+                key = next_key(key, layer.name, work)
                 matrix = layer.to_matrix(weight_of(program.graph, layer))
-                if layer.kind == "embedding":
-                    quantized = work.quantize_table(matrix)
-                else:
-                    quantized = work.quantize_layer(matrix, layer, walk)
+                quantized = program.cache.get(key, layer.name) if program.cache is not None else None
+                if quantized is None:
+                    quantized = work._quantized(matrix, layer, walk)
+                    if program.cache is not None:
+                        program.cache.put(key, quantized)
             except PassError as error:
                 raise PassError(error.what, node=layer.name, fix=error.fix) from error
             release([weight_of(program.graph, layer)])
@@ -116,6 +120,13 @@ class WeightPass(Pass):
             weights += matrix.numel()
         measured = {"bits_per_weight": stored_bits / weights} if weights else {}
         return PassResult(tuple(changed), tuple(skipped), measured)
+
+    def _first_key(self, program: Program, versions: str) -> str:
+        graphs = [program.graph, *([] if program.float_twin is None else [program.float_twin])]
+        return first_key((versions, self, program.seed), graphs, program.calibration.batches)
+
+    def _quantized(self, matrix: Tensor, layer: Layer, walk: Walk) -> QuantWeight:
+        return self.quantize_table(matrix) if layer.kind == "embedding" else self.quantize_layer(matrix, layer, walk)
 
     def for_layer(self, program: Program, layer: Layer) -> "WeightPass":
         """The pass as it holds for one layer: the recipe's options for it taken in.
