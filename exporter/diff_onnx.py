@@ -69,7 +69,8 @@ def report_of_onnx(path: Path, new: Report, source: Source) -> Report:
             raise InputError(f"its outputs do not fit the model's: {error}", where=str(path)) from error
         _check_model(sums, new, source.model)
         metrics = evaluate_metrics(source.eval, {"reference": reference, RUNTIME: renamed})
-    return _report(path, file, new, {RUNTIME: figures}, {RUNTIME: sums}, metrics, sha256, renamed.remarks)
+    found = _report(path, file, new, {RUNTIME: figures}, {RUNTIME: sums}, metrics, sha256, renamed.remarks)
+    return Report.from_json(found.to_json())  # rounded as NEW's numbers are
 
 
 def _report(
