@@ -15,27 +15,31 @@ from exporter.render.text import (
     layer_sqnr,
     measured,
     metric,
+    numbers_that_matter,
     percent,
     plain,
     plural,
+    shorten,
     size,
     verdict,
     worst_layers,
 )
 from exporter.report import PassRecordView, Report
 
-WORST_LAYERS = 8
-SKIPS_SHOWN = 40
-ROWS_SHOWN = 40
-"""Limits that keep the text well under the 65536 characters of a comment on GitHub."""
+WORST_LAYERS = 10
+SKIPS_SHOWN = 20
+ROWS_SHOWN = 20
+CELL_WIDTH = 200
+"""Limits that keep the text near 10 kB; a comment on GitHub holds 65536 characters."""
 
 
 def render(report: Report) -> str:
     """The report as markdown: verdict, warnings, figures, worst layers, passes, how to repeat it."""
     sections = [
-        f"## qexport {_cell(report.model.get('name', 'model'))}: {verdict(report)}",
+        f"## qexport {_cell(_text(report.model.get('name', 'model')))}: {verdict(report)}",
         headline(report),
-        *(f"> **Warning:** {_cell(warning)}" for warning in report.warnings),
+        _numbers(report),
+        *(f"> **Warning:** {_cell(_text(warning))}" for warning in report.warnings),
         _gates(report),
         _comparisons(report),
         _metrics(report),
@@ -47,15 +51,26 @@ def render(report: Report) -> str:
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
+def _numbers(report: Report) -> str:
+    """Accuracy and size; speed is in report.html, because this text is the same in every run."""
+    accuracy, size_, _ = numbers_that_matter(report, {})
+    known = [number for number in (accuracy, size_) if number.value != NONE]
+    return "\n".join(
+        f"- **{_cell(_text(number.value))}** {_cell(_text(number.label))}"
+        + (f" ({_cell(number.note)})" if number.note else "")
+        for number in known
+    )
+
+
 def _gates(report: Report) -> str:
-    rows = [(f"`{gate.expr}`", metric(gate.value), _bold(gate_state(gate)), gate.where) for gate in report.gates]
+    rows = [(_code(gate.expr), metric(gate.value), _bold(gate_state(gate)), _text(gate.where)) for gate in report.gates]
     return _table(("gate", "measured", "", "at"), rows, "lrll")
 
 
 def _comparisons(report: Report) -> str:
     tables = []
     for against, compared in comparisons(report).items():
-        rows = [(name, *(read(figures) for _, read in FIGURES)) for name, figures in compared]
+        rows = [(_text(name), *(read(figures) for _, read in FIGURES)) for name, figures in compared]
         tables.append(_table((against, *(name for name, _ in FIGURES)), rows, "l" + "r" * len(FIGURES)))
     return "\n\n".join(table for table in tables if table)
 
@@ -63,7 +78,7 @@ def _comparisons(report: Report) -> str:
 def _metrics(report: Report) -> str:
     runtimes = [name for name in RUNTIMES if any(name in values for values in report.metrics.values())]
     rows = [
-        (name, metric(values.get("reference")), *(metric(values.get(runtime)) for runtime in runtimes))
+        (_text(name), metric(values.get("reference")), *(metric(values.get(runtime)) for runtime in runtimes))
         for name, values in report.metrics.items()
     ]
     return _table(("metric", "float", *(RUNTIMES[name] for name in runtimes)), rows, "l" + "r" * (len(runtimes) + 1))
@@ -72,7 +87,7 @@ def _metrics(report: Report) -> str:
 def _sizes(report: Report) -> str:
     whole = report.sizes.float_parameters
     rows = [
-        (f"`{name}`", size(bytes_), percent(bytes_ / whole) if whole else NONE)
+        (_code(name), size(bytes_), percent(bytes_ / whole) if whole else NONE)
         for name, bytes_ in sorted(report.sizes.files.items())
     ]
     return _table(("file", "size", "of float"), rows, "lrr")
@@ -82,28 +97,29 @@ def _layers(report: Report) -> str:
     shown = worst_layers(report, WORST_LAYERS)
     rows = [
         (
-            f"`{layer.name}`",
+            _code(layer.name),
             layer.format,
             f"{layer.bits_per_weight:.2f}",
             decibels(layer.weight_sqnr_db),
             decibels(layer.output_sqnr_db.own),
-            decibels(layer.output_sqnr_db.accumulated),
-            layer.kernel or NONE,
+            decibels(layer.output_sqnr_db.worst),
+            _text(layer.kernel or NONE),
+            ", ".join(dict.fromkeys(cause.kind for cause in layer.causes)) or NONE,
         )
         for layer in shown
     ]
-    headings = ("layer", "format", "bits", "weight dB", "own dB", "accumulated dB", "kernel")
+    headings = ("layer", "format", "bits", "weight dB", "own dB", "network dB", "kernel", "likely causes")
     known = sum(layer_sqnr(layer) is not None for layer in report.layers)
     title = f"**Worst layers** ({len(shown)} of {known})"
     used = ", ".join(f"{name} {number}" for name, number in kernels(report.layers).items())
-    parts = [title, _table(headings, rows, "llrrrrl")] if rows else []
-    return "\n\n".join([*parts, f"Kernels: {_cell(used)}"] if used else parts)
+    parts = [title, _table(headings, rows, "llrrrrll")] if rows else []
+    return "\n\n".join([*parts, f"Kernels: {_cell(_text(used))}"] if used else parts)
 
 
 def _passes(report: Report) -> str:
     rows = [
         (
-            f"`{entry.name}`" + (" (inserted)" if entry.inserted else ""),
+            _code(entry.name) + (" (inserted)" if entry.inserted else ""),
             ", ".join(f"{key}={plain(value)}" for key, value in entry.options.items()),
             str(len(entry.changed)),
             str(len(entry.skipped)),
@@ -112,17 +128,18 @@ def _passes(report: Report) -> str:
         for entry in report.passes
     ]
     table = _table(("pass", "options", "changed", "skipped", "measured"), rows, "llrrl")
+    if not table:
+        return ""
     skipped = [line for entry in report.passes for line in _skips(entry)]
-    if not skipped:
-        return table
     more = [f"- and {len(skipped) - SKIPS_SHOWN} more in report.json"] if len(skipped) > SKIPS_SHOWN else []
     listed = "\n".join(skipped[:SKIPS_SHOWN] + more)
-    title = f"{plural(len(skipped), 'node')} skipped"
-    return f"{table}\n\n<details><summary>{title}</summary>\n\n{listed}\n\n</details>"
+    title = f"{plural(len(rows), 'pass', 'passes')}, {plural(len(skipped), 'node')} skipped"
+    inside = "\n\n".join(part for part in (table, listed) if part)
+    return f"<details><summary>{title}</summary>\n\n{inside}\n\n</details>"
 
 
 def _skips(entry: PassRecordView) -> list[str]:
-    return [f"- `{entry.name}` left `{skip.node}`: {_cell(skip.why)}" for skip in entry.skipped]
+    return [f"- {_code(entry.name)} left {_code(skip.node)}: {_cell(_text(skip.why))}" for skip in entry.skipped]
 
 
 def _repeat(report: Report) -> str:
@@ -130,8 +147,8 @@ def _repeat(report: Report) -> str:
     source = ", ".join(f"{key} {plain(value)}" for key, value in report.calibration.items())
     lines = [f"```\n{command(report)}\n```"]
     lines += ["with the rules per layer of `recipe.layers` in report.json"] if report.recipe.get("layers") else []
-    lines += [f"Calibration: {_cell(source)}"] if source else []
-    lines += [f"Made with {_cell(environment)}"] if environment else []
+    lines += [f"Calibration: {_cell(_text(source))}"] if source else []
+    lines += [f"Made with {_cell(_text(environment))}"] if environment else []
     return "\n\n".join(["**Repeat**", *lines])
 
 
@@ -145,8 +162,18 @@ def _table(headings: Sequence[str], rows: Sequence[Sequence[str]], align: str) -
 
 
 def _cell(value: object) -> str:
-    """Text on one line that cannot end a table's cell."""
+    """On one line that cannot end a table's cell."""
     return " ".join(str(value).split()).replace("|", "\\|")
+
+
+def _text(value: object) -> str:
+    """Words, none of which begins an element of HTML. Not for what stands in backticks."""
+    return str(value).replace("<", "&lt;")
+
+
+def _code(text: str) -> str:
+    """Text as it stands, of at most CELL_WIDTH characters. Backticks, which would end it, become apostrophes."""
+    return f"`{shorten(text, CELL_WIDTH).replace('`', chr(39))}`"
 
 
 def _bold(state: str) -> str:

@@ -240,6 +240,6 @@ def shorten(name: str, width: int) -> str:
     return f"{name[:head]}..{name[len(name) - (width - 2 - head) :]}"
 
 
-def plural(number: int, word: str) -> str:
-    """1 gate, 2 gates."""
-    return f"{number} {word}" if number == 1 else f"{number} {word}s"
+def plural(number: int, word: str, many: str = "") -> str:
+    """1 gate, 2 gates; `many` is the plural of a word that takes more than an s."""
+    return f"{number} {word}" if number == 1 else f"{number} {many or word + 's'}"
