@@ -2,14 +2,14 @@
 
 Tensors keep the names they have in the graph. A quantized layer's weight is stored in one of `exporter.formats`:
 
-    <layer>.weight_codes, .weight_scale, .weight_zero_point      roles codes, scale, zero_point of the format
+    <layer>.weight_codes, .weight_scale, .weight_zero_point, ... roles codes, scale, zero_point, ... of the format
     quantizers.<value>.scale, .zero_point                        of a static activation quantizer
     anything else                                                float weights, biases, constants, as they are
 
 The metadata is one string of JSON under the key `qexport` (one key, because safetensors writes several in any order):
 
     schema_version  1
-    layers          {name: {format, kind, bits, group_size, shape, symmetric,            how to unpack: [out, in]
+    layers          {name: {format, kind, shape, bits, ... or num_codebooks, ...         how to unpack: [out, in]
                             weight_shape, groups, transposed,                            and the layer's own shape
                             tensors: {role: name of the tensor}}}
     activations     [{value, layers, scale, zero_point, quant_min, quant_max}            scale, zero_point: names
@@ -20,28 +20,26 @@ The metadata is one string of JSON under the key `qexport` (one key, because saf
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor, fx
 
 from exporter.errors import InputError, InternalError
-from exporter.formats import FORMATS, choose_format
-from exporter.formats.base import Packed, PackedMeta
-from exporter.lowering.fuse import quantized_weight
+from exporter.formats import FORMATS, pack_smallest
+from exporter.formats.base import Packed
+from exporter.formats.meta import integers, typed
 from exporter.report import Json
 from passes.base import Program
-from passes.graph import Layer, copy_graph, get_tensor
+from passes.graph import Layer, copy_graph
 from passes.ops import FAKE_QUANTIZE, FAKE_QUANTIZE_DYNAMIC
-from passes.weights import AffineWeight
+from passes.weight_nodes import read_weight, source_of
+from passes.weights import QuantWeight
 
 FILE = "model.safetensors"
 SCHEMA_VERSION = 1
 KEY = "qexport"
-
-T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +103,7 @@ class Checkpoint:
     tensors      {name: tensor}: everything that is not part of a packed weight
     """
 
-    weights: Mapping[str, AffineWeight]
+    weights: Mapping[str, QuantWeight]
     layers: Mapping[str, StoredLayer]
     activations: tuple[StaticQuantizer | DynamicQuantizer, ...]
     tensors: Mapping[str, Tensor]
@@ -133,9 +131,12 @@ def save_checkpoint(program: Program, folder: Path) -> Path:
     }
     entries: dict[str, Json] = {}
     for layer in layers:
-        packed_layer = _packed(graph, layer)
-        if packed_layer is not None:
-            entries[layer.name], packed = packed_layer
+        source = source_of(layer)
+        if source is not None:
+            parts = _tensor_names(source)
+            for name in parts:
+                tensors.pop(name, None)  # already when two layers share it
+            entries[layer.name], packed = _packed(graph, layer, parts[0], tensors.keys())
             tensors.update(packed)
     stored, aliases = _without_sharing(tensors)
     content = {
@@ -152,21 +153,28 @@ def save_checkpoint(program: Program, folder: Path) -> Path:
     return path
 
 
-def _packed(graph: fx.GraphModule, layer: Layer) -> tuple[dict[str, Json], dict[str, Tensor]] | None:
-    """The metadata of a quantized layer and its packed tensors by name; None when its weight is float."""
-    found = quantized_weight(layer)
-    if found is None:
-        return None
-    codes, scale = get_tensor(graph, found.codes), get_tensor(graph, found.scale)
-    zero_point = None if found.zero_point is None else get_tensor(graph, found.zero_point)
-    weight = AffineWeight(codes, scale, zero_point, found.bits, found.group_size)
+def _tensor_names(source: fx.Node) -> list[str]:
+    """Names of the tensors that a dequantizing node reads, its codes first."""
+    names = []
+    for node in source.all_input_nodes:
+        names += [str(node.target)] if node.op == "get_attr" else _tensor_names(node)
+    return names
+
+
+def _packed(
+    graph: fx.GraphModule, layer: Layer, codes: str, taken: Set[str]
+) -> tuple[dict[str, Json], dict[str, Tensor]]:
+    """The metadata of a quantized layer, and its packed tensors by a name that is not taken.
+
+    Its codes are called `codes` in the graph, and are the file's first choice too.
+    """
+    weight = read_weight(graph, layer)
+    assert weight is not None
     try:
-        form = choose_format(weight)
+        form, packed = pack_smallest(weight)
     except ValueError as error:
         raise InternalError(f"its weight cannot be stored: {error}", where=layer.name) from error
-    packed = form.pack(weight)
-    nodes = {"codes": found.codes, "scale": found.scale, "zero_point": found.zero_point}
-    names = {role: str(node.target) for role, node in nodes.items() if node is not None}
+    names = {role: _free(f"{codes.removesuffix('_codes')}_{role}", taken) for role in packed.tensors}
     entry: dict[str, Json] = {
         "format": form.name,
         "kind": layer.kind,
@@ -174,9 +182,15 @@ def _packed(graph: fx.GraphModule, layer: Layer) -> tuple[dict[str, Json], dict[
         "weight_shape": list(layer.weight.meta["val"].shape),
         "groups": layer.groups,
         "transposed": layer.transposed,
-        "tensors": {role: names[role] for role in packed.tensors},
+        "tensors": dict(names),
     }
     return entry, {names[role]: tensor for role, tensor in packed.tensors.items()}
+
+
+def _free(name: str, taken: Set[str]) -> str:
+    while name in taken:
+        name += "_"
+    return name
 
 
 def _activations(graph: fx.GraphModule, layers: list[Layer]) -> list[Json]:
@@ -225,7 +239,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """Read a file that save_checkpoint wrote. Raises InputError when it is something else, damaged or too new."""
     tensors, text = _read(path)
     try:
-        content = _as(dict, json.loads(text))
+        content = typed(dict, json.loads(text))
         version = content.get("schema_version")
         if version != SCHEMA_VERSION:
             raise InputError(
@@ -233,10 +247,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
                 where=str(path),
                 fix="read it with the version of qexport that wrote it",
             )
-        for name, same in _as(dict, content["aliases"]).items():
+        for name, same in typed(dict, content["aliases"]).items():
             tensors[name] = tensors[str(same)]
-        entries = {name: _as(dict, entry) for name, entry in _as(dict, content["layers"]).items()}
-        activations = tuple(_quantizer(_as(dict, entry), tensors) for entry in _as(list, content["activations"]))
+        entries = {name: typed(dict, entry) for name, entry in typed(dict, content["layers"]).items()}
+        activations = tuple(_quantizer(typed(dict, entry), tensors) for entry in typed(list, content["activations"]))
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         raise _damaged(path, f"its metadata cannot be read ({_reason(error)})") from error
     weights, layers, packed_names = {}, {}, set()
@@ -269,50 +283,40 @@ def _read(path: Path) -> tuple[dict[str, Tensor], str]:
     return tensors, text
 
 
-def _unpacked(entry: dict[str, Json], tensors: Mapping[str, Tensor]) -> tuple[AffineWeight, StoredLayer, set[str]]:
+def _unpacked(entry: dict[str, Json], tensors: Mapping[str, Tensor]) -> tuple[QuantWeight, StoredLayer, set[str]]:
     """A layer's weight, how it is stored, and the names of its tensors."""
-    form = FORMATS.get(_as(str, entry["format"]))
+    form = FORMATS.get(typed(str, entry["format"]))
     if form is None:
         raise ValueError(f"format {entry['format']!r} is not known")
-    names = {role: _as(str, name) for role, name in _as(dict, entry["tensors"]).items()}
-    rows, columns = _integers(entry["shape"])
-    meta = PackedMeta(
-        _as(int, entry["bits"]), _as(int, entry["group_size"]), (rows, columns), _as(bool, entry["symmetric"])
-    )
+    names = {role: typed(str, name) for role, name in typed(dict, entry["tensors"]).items()}
+    meta = form.read_meta(entry)
     packed = Packed({role: tensors[name] for role, name in names.items()}, meta)
     weight = form.unpack(packed)
     layer = StoredLayer(
         format=form.name,
-        kind=_as(str, entry["kind"]),
-        weight_shape=_integers(entry["weight_shape"]),
-        groups=_as(int, entry["groups"]),
-        transposed=_as(bool, entry["transposed"]),
+        kind=typed(str, entry["kind"]),
+        weight_shape=integers(entry["weight_shape"]),
+        groups=typed(int, entry["groups"]),
+        transposed=typed(bool, entry["transposed"]),
         bits_per_weight=packed.bits_per_weight,
     )
-    if layer.groups < 1 or layer.from_matrix(torch.empty(rows, columns, device="meta")).shape != layer.weight_shape:
-        raise ValueError(f"a weight of shape {list(layer.weight_shape)} has no matrix of {rows} x {columns}")
+    if layer.groups < 1 or layer.from_matrix(torch.empty(meta.shape, device="meta")).shape != layer.weight_shape:
+        raise ValueError(
+            f"a weight of shape {list(layer.weight_shape)} has no matrix of {meta.shape[0]} x {meta.shape[1]}"
+        )
     return weight, layer, set(names.values())
 
 
 def _quantizer(entry: dict[str, Json], tensors: Mapping[str, Tensor]) -> StaticQuantizer | DynamicQuantizer:
-    value, layers = _as(str, entry["value"]), tuple(_as(str, name) for name in _as(list, entry["layers"]))
+    value, layers = typed(str, entry["value"]), tuple(typed(str, name) for name in typed(list, entry["layers"]))
     if "scale" not in entry:
-        return DynamicQuantizer(value, layers, _as(int, entry["bits"]), _as(int, entry["group_size"]))
-    scale, zero_point = float(tensors[_as(str, entry["scale"])]), int(tensors[_as(str, entry["zero_point"])])
+        return DynamicQuantizer(value, layers, typed(int, entry["bits"]), typed(int, entry["group_size"]))
+    scale, zero_point = float(tensors[typed(str, entry["scale"])]), int(tensors[typed(str, entry["zero_point"])])
     if not 0 < scale < math.inf:
         raise ValueError(f"scale of {value} is {scale}")
-    return StaticQuantizer(value, layers, scale, zero_point, _as(int, entry["quant_min"]), _as(int, entry["quant_max"]))
-
-
-def _as(kind: type[T], value: object) -> T:
-    """The value itself, when JSON gave it the type it must have (true is no number)."""
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ValueError(f"{value!r:.40} is no {kind.__name__}")
-    return value
-
-
-def _integers(value: object) -> tuple[int, ...]:
-    return tuple(_as(int, number) for number in _as(list, value))
+    return StaticQuantizer(
+        value, layers, scale, zero_point, typed(int, entry["quant_min"]), typed(int, entry["quant_max"])
+    )
 
 
 def _reason(error: Exception) -> str:

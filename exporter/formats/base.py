@@ -3,32 +3,28 @@
     unpack(pack(w)) == w, bit for bit
 
 An algorithm says which codes; a format says how they are stored. Both directions are pure: what goes in is not changed.
+Float values (scales, zero points, codebooks) are stored in 16 bits where that loses nothing.
 """
 
 import abc
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from passes.weights import AffineWeight, code_dtype, code_range, group_columns
+from exporter.formats.meta import PackedMeta
+from passes.weights import QuantWeight
 
-
-@dataclasses.dataclass(frozen=True)
-class PackedMeta:
-    """What the packed tensors of an AffineWeight do not say; `shape` is [out, in]."""
-
-    bits: int
-    group_size: int
-    shape: tuple[int, int]
-    symmetric: bool
+FLOATS = {"float32": torch.float32, "float64": torch.float64}
+"""Types whose values may be stored in 16 bits, by the name that a file gives them."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """A weight as it is stored: tensors by role (codes, scale, zero_point) and how to read them."""
+    """A weight as it is stored: tensors by role (codes, scale, ...) and how to read them."""
 
     tensors: Mapping[str, Tensor]
     meta: PackedMeta
@@ -36,8 +32,7 @@ class Packed:
     @property
     def bits_per_weight(self) -> float:
         """Counted from the bytes of the tensors, padding included."""
-        rows, columns = self.meta.shape
-        return 8 * sum(tensor.nbytes for tensor in self.tensors.values()) / (rows * columns)
+        return 8 * sum(tensor.nbytes for tensor in self.tensors.values()) / math.prod(self.meta.shape)
 
 
 class WeightFormat(abc.ABC):
@@ -46,68 +41,55 @@ class WeightFormat(abc.ABC):
     name: ClassVar[str]
 
     @abc.abstractmethod
-    def accepts(self, weight: AffineWeight) -> str:
+    def accepts(self, weight: QuantWeight) -> str:
         """Why this format cannot hold the weight; empty when it can."""
 
     @abc.abstractmethod
-    def pack(self, weight: AffineWeight) -> Packed:
+    def pack(self, weight: QuantWeight) -> Packed:
         """The weight as stored. Raises ValueError with the reason when the format cannot hold it."""
 
     @abc.abstractmethod
-    def unpack(self, packed: Packed) -> AffineWeight:
+    def unpack(self, packed: Packed) -> QuantWeight:
         """The weight that was packed. Raises ValueError when tensors and metadata do not fit together."""
 
-    def checked(self, weight: AffineWeight) -> AffineWeight:
-        """The weight itself. Raises ValueError with the reason when this format cannot hold it."""
-        reason = self.accepts(weight)
-        if reason:
-            raise ValueError(reason)
-        return weight
+    @abc.abstractmethod
+    def read_meta(self, entry: Mapping[str, object]) -> PackedMeta:
+        """The metadata from a file's JSON. Raises ValueError or KeyError when something in it is wrong or missing."""
 
 
-def meta_of(weight: AffineWeight) -> PackedMeta:
-    """The metadata of a weight."""
-    rows, columns = weight.codes.shape
-    return PackedMeta(weight.bits, weight.group_size, (rows, columns), weight.zero_point is None)
+def check_roles(packed: Packed, roles: set[str]) -> None:
+    """Raises ValueError when the tensors have other roles."""
+    if set(packed.tensors) != roles:
+        raise ValueError(f"stored are {', '.join(sorted(packed.tensors))}, not {', '.join(sorted(roles))}")
 
 
-def fault_of(weight: AffineWeight) -> str:
-    """What contradicts the definition of an AffineWeight with whole zero points; empty when nothing does."""
-    codes, scale, zero_point = weight.codes, weight.scale, weight.zero_point
-    symmetric = zero_point is None
-    if codes.dim() != 2 or not codes.numel():
-        return f"codes have shape {list(codes.shape)}, not [out, in]"
-    if codes.dtype != code_dtype(symmetric):
-        return f"codes are {codes.dtype}, not {code_dtype(symmetric)}"
-    low, high = code_range(weight.bits, symmetric)
-    least, most = (int(value) for value in codes.aminmax())
-    if least < low or most > high:
-        return f"codes from {least} to {most} are outside of {low} to {high}, the range of {weight.bits} bits"
-    rows, columns = codes.shape
-    groups = -(-columns // group_columns(columns, weight.group_size))
-    if tuple(scale.shape) not in ((rows, groups), (1, groups)):
-        return f"scale has shape {list(scale.shape)}, not [{rows} or 1, {groups}]"
-    if not scale.is_floating_point() or not bool(scale.isfinite().all()):
-        return "scale is not finite floating point"
-    if zero_point is None:
-        return ""
-    if zero_point.shape != scale.shape or zero_point.dtype != scale.dtype:
-        return "zero point and scale differ in shape or type"
-    if not bool(((zero_point == zero_point.round()) & (zero_point >= low) & (zero_point <= high)).all()):
-        return f"zero points are not whole numbers from {low} to {high}"
-    return ""
-
-
-def check_roles(packed: Packed) -> None:
-    """Raises ValueError when the tensors are not codes, scale and, if asymmetric, zero_point."""
-    roles = ["codes", "scale"] if packed.meta.symmetric else ["codes", "scale", "zero_point"]
-    if sorted(packed.tensors) != roles:
-        raise ValueError(f"stored are {', '.join(sorted(packed.tensors))}, not {', '.join(roles)}")
-
-
-def tensor_of(packed: Packed, role: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+def tensor_of(tensors: Mapping[str, Tensor], role: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
     """The tensor of a role. Raises ValueError when it is not of this type and shape."""
-    tensor = packed.tensors[role]
+    tensor = tensors[role]
     if tensor.dtype != dtype or tuple(tensor.shape) != shape:
         raise ValueError(f"{role} is {tensor.dtype} {list(tensor.shape)}, not {dtype} {list(shape)}")
     return tensor
+
+
+def narrowed(values: Tensor) -> Tensor:
+    """The values in 16 bits where that loses nothing, else as they are."""
+    if values.dtype not in FLOATS.values():
+        return values
+    half = values.half()
+    return half if bool((half == values).all()) else values
+
+
+def widened(values: Tensor, dtype: str) -> Tensor:
+    """What was narrowed from `dtype`, in that type again. Raises ValueError when it cannot have been."""
+    if not dtype:
+        return values
+    if dtype not in FLOATS:
+        raise ValueError(f"{dtype!r:.40} is no type of values stored in 16 bits")
+    if values.dtype not in (torch.float16, FLOATS[dtype]):
+        raise ValueError(f"stored values are {values.dtype}, not float16 or {dtype}")
+    return values.to(FLOATS[dtype])
+
+
+def original_type(values: Tensor) -> str:
+    """What `widened` needs to know: the name of the values' type if narrowing may change it."""
+    return next((name for name, dtype in FLOATS.items() if values.dtype == dtype), "")

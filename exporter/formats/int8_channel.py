@@ -1,56 +1,50 @@
 """Codes of 5 to 8 bits, one in a byte: what integer kernels multiply.
 
-codes       [out, in]           int8: symmetric codes as they are, asymmetric ones minus 128
-zero_point  as scale, or none   int8: minus 128 as well, so that codes - zero_point stays
-scale       [out or 1, groups]  as in the weight
+codes       [out, in]                 int8: symmetric codes as they are, asymmetric ones minus 128
+zero_point  as scale                  int8: minus 128 as well, so that codes - zero_point stays; or floats, or none
+scale       [out or 1, groups]        floats
 """
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from exporter.formats.base import Packed, WeightFormat, check_roles, fault_of, meta_of, tensor_of
+from exporter.formats.affine import AffineFormat
+from exporter.formats.base import tensor_of
+from exporter.formats.meta import AffineMeta
 from passes.weights import AffineWeight
 
-MIDDLE = 128
-"""What turns unsigned codes into signed ones."""
 
-
-class Int8Channel(WeightFormat):
+class Int8Channel(AffineFormat):
     """One code in a byte."""
 
     name: ClassVar[str] = "int8_channel"
+    widths: ClassVar[range] = range(5, 9)
 
-    def accepts(self, weight: AffineWeight) -> str:
-        """5 to 8 bits, whole zero points."""
-        return fault_of(weight) if 5 <= weight.bits <= 8 else f"{weight.bits} bits are not 5 to 8"
+    def pack_matrix(self, weight: AffineWeight) -> Tensor:
+        """int8 [out, in]."""
+        return pack_codes(weight.codes)
 
-    def pack(self, weight: AffineWeight) -> Packed:
-        """Shares the tensors that need no change."""
-        self.checked(weight)
-        tensors = {"codes": pack_codes(weight.codes), "scale": weight.scale}
-        if weight.zero_point is not None:
-            tensors["zero_point"] = pack_codes(weight.zero_point.to(torch.uint8))
-        return Packed(tensors, meta_of(weight))
+    def unpack_matrix(self, tensors: Mapping[str, Tensor], meta: AffineMeta) -> Tensor:
+        """The codes."""
+        return unpack_codes(tensor_of(tensors, "codes", torch.int8, meta.shape), meta.symmetric)
 
-    def unpack(self, packed: Packed) -> AffineWeight:
-        """Shares the tensors that need no change."""
-        check_roles(packed)
-        meta, scale = packed.meta, packed.tensors["scale"]
-        codes = unpack_codes(tensor_of(packed, "codes", torch.int8, meta.shape), meta.symmetric)
-        zero_point = None
-        if not meta.symmetric:
-            stored = tensor_of(packed, "zero_point", torch.int8, tuple(scale.shape))
-            zero_point = unpack_codes(stored, symmetric=False).to(scale.dtype)
-        return self.checked(AffineWeight(codes, scale, zero_point, meta.bits, meta.group_size))
+    def pack_zeros(self, zeros: Tensor, bits: int) -> Tensor:
+        """int8, in the shape of the scales."""
+        return pack_codes(zeros)
+
+    def unpack_zeros(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...], bits: int) -> Tensor:
+        """From int8."""
+        return unpack_codes(tensor_of(tensors, "zero_point", torch.int8, shape), symmetric=False)
 
 
 def pack_codes(codes: Tensor) -> Tensor:
     """Codes [...] as int8: signed ones (int8) as they are, unsigned ones (uint8) minus 128."""
-    return codes if codes.dtype == torch.int8 else (codes.to(torch.int16) - MIDDLE).to(torch.int8)
+    return codes if codes.dtype == torch.int8 else (codes ^ 128).view(torch.int8)  # the top bit is the sign
 
 
 def unpack_codes(packed: Tensor, symmetric: bool) -> Tensor:
     """The codes [...] again: int8 when symmetric, else uint8."""
-    return packed if symmetric else (packed.to(torch.int16) + MIDDLE).to(torch.uint8)
+    return packed if symmetric else packed.view(torch.uint8) ^ 128

@@ -21,16 +21,16 @@ from exporter.checkpoint import (
     save_checkpoint,
 )
 from exporter.errors import InputError, InternalError
-from exporter.lowering.fuse import quantized_weight
 from passes.act_quant import ActQuant
 from passes.base import Pass, Pipeline, Program, TargetRules
 from passes.calibration import Batch, Calibration, watch_values
 from passes.fold_bn import FoldBatchNorm
 from passes.gptq import GPTQ
-from passes.graph import add_tensor, get_tensor
+from passes.graph import add_tensor, get_tensor, tidy, weight_of
 from passes.ops import FAKE_QUANTIZE
 from passes.rtn import RTN
-from passes.weights import AffineWeight
+from passes.weight_nodes import is_quantized, read_weight, source_of, write_weight
+from passes.weights import AffineWeight, CodebookWeight, QuantWeight
 from tools.models import FACTORIES
 
 RULES = TargetRules(
@@ -64,21 +64,15 @@ def _program(module: nn.Module, batch: Batch, *passes: Pass) -> Program:
     return program
 
 
-def _quantized(program: Program) -> dict[str, AffineWeight]:
+def _quantized(program: Program) -> dict[str, QuantWeight]:
     """The quantized weights on the program's graph."""
-    found = {}
-    for layer in program.layers():
-        weight = quantized_weight(layer)
-        if weight is not None:
-            codes, scale = get_tensor(program.graph, weight.codes), get_tensor(program.graph, weight.scale)
-            zero_point = None if weight.zero_point is None else get_tensor(program.graph, weight.zero_point)
-            found[layer.name] = AffineWeight(codes, scale, zero_point, weight.bits, weight.group_size)
-    return found
+    found = {layer.name: read_weight(program.graph, layer) for layer in program.layers()}
+    return {name: weight for name, weight in found.items() if weight is not None}
 
 
 def _float_weights(program: Program) -> dict[str, Tensor]:
     """What every quantized layer multiplies by, as the graph computes it."""
-    names = {layer.weight: layer.name for layer in program.layers() if quantized_weight(layer) is not None}
+    names = {layer.weight: layer.name for layer in program.layers() if is_quantized(layer)}
     values: dict[str, Tensor] = {}
 
     def see(node: torch.fx.Node, value: Any) -> None:
@@ -96,26 +90,35 @@ def _assert_same(actual: Tensor | None, expected: Tensor | None) -> None:
         assert torch.equal(actual, expected)
 
 
+def _assert_same_weight(actual: QuantWeight, expected: QuantWeight) -> None:
+    assert type(actual) is type(expected)
+    for ours, theirs in zip(vars(actual).values(), vars(expected).values(), strict=True):
+        if isinstance(theirs, AffineWeight):
+            _assert_same_weight(ours, theirs)
+        elif isinstance(theirs, Tensor):
+            _assert_same(ours, theirs)
+        else:
+            assert ours == theirs
+
+
+def _tensors_behind(node: torch.fx.Node) -> set[str]:
+    """Names of the tensors that a node is computed from."""
+    if node.op == "get_attr":
+        return {str(node.target)}
+    return {name for source in node.all_input_nodes for name in _tensors_behind(source)}
+
+
 def _assert_holds(checkpoint: Checkpoint, program: Program) -> None:
     """The checkpoint has everything in the program's graph, bit for bit."""
     expected = _quantized(program)
     assert checkpoint.weights
     assert set(checkpoint.weights) == set(expected) == set(checkpoint.layers)
     for name, weight in expected.items():
-        ours = checkpoint.weights[name]
-        assert (ours.bits, ours.group_size) == (weight.bits, weight.group_size)
-        _assert_same(ours.codes, weight.codes)
-        _assert_same(ours.scale, weight.scale)
-        _assert_same(ours.zero_point, weight.zero_point)
+        _assert_same_weight(checkpoint.weights[name], weight)
     for name, value in _float_weights(program).items():
         _assert_same(checkpoint.float_weight(name), value)
-    parts = {
-        str(node.target)
-        for layer in program.layers()
-        if (weight := quantized_weight(layer)) is not None
-        for node in (weight.codes, weight.scale, weight.zero_point)
-        if node is not None
-    }
+    sources = [source for layer in program.layers() if (source := source_of(layer)) is not None]
+    parts = {name for source in sources for name in _tensors_behind(source)}
     read = {str(node.target): node for node in program.graph.graph.nodes if node.op == "get_attr"}
     assert set(checkpoint.tensors) == set(read) - parts
     for tensor_name, tensor in checkpoint.tensors.items():
@@ -178,6 +181,71 @@ def test_half_precision_stays(dtype: torch.dtype, tmp_path: Path) -> None:
     checkpoint = load_checkpoint(save_checkpoint(program, tmp_path))
     _assert_holds(checkpoint, program)
     assert {weight.scale.dtype for weight in checkpoint.weights.values()} == {dtype}
+
+
+def _values(count: int, bits: int = 8) -> AffineWeight:
+    """Scales or zero points, quantized."""
+    codes = torch.randint(1, 2**bits, (1, count), dtype=torch.uint8)
+    return AffineWeight(codes, torch.rand(1, 1) + 0.1, torch.rand(1, 1), bits, 0)
+
+
+def _three_bits(shape: torch.Size, quantized: bool) -> AffineWeight:
+    """3-bit codes with float zero points, in groups of outputs where they divide, else of inputs."""
+    rows, columns = shape
+    axis, scales = (0, (2, columns)) if rows % 2 == 0 else (1, (rows, 1))
+    codes = torch.randint(8, shape, dtype=torch.uint8)
+    if not quantized:
+        return AffineWeight(codes, torch.rand(scales), torch.rand(scales), 3, rows // 2 if axis == 0 else -1, axis)
+    scale, zero = _values(scales[0] * scales[1]), _values(scales[0] * scales[1], 5)
+    values = (scale.dequantize().view(scales), zero.dequantize().view(scales))
+    return AffineWeight(codes, *values, 3, rows // 2 if axis == 0 else -1, axis, scale, zero)
+
+
+def _two_codebooks(shape: torch.Size, tables: bool) -> CodebookWeight:
+    """Blocks of one input channel, as wide as the kernel for a convolution."""
+    rows, columns = shape
+    codes = torch.randint(16, (rows, columns, 2), dtype=torch.uint8)
+    codebooks = torch.randint(8, (2, 16, 1, 1)) / 3
+    return CodebookWeight(codes, codebooks, torch.rand(rows, 1), codebook_value_bits=3 if tables else 0)
+
+
+LOW_BITS: dict[str, Callable[[torch.Size], QuantWeight]] = {
+    "3 bits": lambda shape: _three_bits(shape, False),
+    "3 bits, quantized scales": lambda shape: _three_bits(shape, True),
+    "codebooks": lambda shape: _two_codebooks(shape, False),
+    "codebooks of few values": lambda shape: _two_codebooks(shape, True),
+}
+
+
+@pytest.mark.parametrize("case", LOW_BITS)
+def test_weights_of_few_bits(case: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    program = _program(_Odd(), _odd_images())
+    for layer in program.layers():
+        matrix = layer.to_matrix(weight_of(program.graph, layer))
+        write_weight(program.graph, layer, LOW_BITS[case](matrix.shape))
+    tidy(program.graph)
+    path = save_checkpoint(program, tmp_path)
+    checkpoint = load_checkpoint(path)
+    _assert_holds(checkpoint, program)
+    assert path.read_bytes() == save_checkpoint(program, tmp_path).read_bytes()
+    formats = {layer.format for layer in checkpoint.layers.values()}
+    assert formats <= ({"aq_codebook"} if "codebooks" in case else {"int3_hqq", "int4_group"})
+
+
+def test_a_name_that_is_taken_is_not_written_over(tmp_path: Path) -> None:
+    program = _program(_Linear(16), _vectors(16))
+    layer = program.layers()[0]
+    end = program.graph.graph.output_node()
+    mine = add_tensor(program.graph, "fc.weight_scale_codes", torch.full((3,), 7.0), end)
+    end.args = ((*end.args[0], mine),)  # type: ignore[misc]  # the graph returns a tuple
+    write_weight(program.graph, layer, _three_bits(torch.Size((8, 16)), True))
+    tidy(program.graph)
+    checkpoint = load_checkpoint(save_checkpoint(program, tmp_path))
+    _assert_same(checkpoint.tensors["fc.weight_scale_codes"], torch.full((3,), 7.0))
+    weight = read_weight(program.graph, program.layers()[0])
+    assert weight is not None
+    _assert_same_weight(checkpoint.weights["fc"], weight)
 
 
 class _Tied(nn.Module):
@@ -275,17 +343,12 @@ def test_file_is_as_readable_as_any_other(tmp_path: Path) -> None:
 
 def test_a_weight_no_format_holds_is_our_fault(tmp_path: Path) -> None:
     program = _program(_Linear(16), _vectors(16), RTN(symmetric=False))
-    get_tensor(program.graph, _zero_point(program)).add_(0.5)
-    with pytest.raises(InternalError, match=r"fc: its weight cannot be stored: .*int8_channel: zero points are not"):
+    source = source_of(program.layers()[0])
+    assert source is not None
+    get_tensor(program.graph, source.all_input_nodes[1]).fill_(float("nan"))
+    with pytest.raises(InternalError, match=r"fc: its weight cannot be stored: .*int8_channel: scale is not finite"):
         save_checkpoint(program, tmp_path)
     assert not (tmp_path / "model.safetensors").exists()
-
-
-def _zero_point(program: Program) -> torch.fx.Node:
-    weight = quantized_weight(program.layers()[0])
-    assert weight is not None
-    assert weight.zero_point is not None
-    return weight.zero_point
 
 
 # ---- damage ---------------------------------------------------------------------------------------------------------
@@ -384,9 +447,14 @@ def test_wrong_entry_of_a_layer(saved: Path, entry: str, value: object) -> None:
         ("bits", 99, "99 bits are not 5 to 8"),
         ("group_size", 4, "scale has shape [8, 1], not [8 or 1, 3]"),
         ("shape", [12, 8], "codes is torch.int8 [8, 12], not torch.int8 [12, 8]"),
-        ("shape", [-8, -12], "codes is"),
+        ("shape", [-8, -12], "no matrix has the shape"),
+        ("axis", 0, "8 outputs do not fall into groups of -1"),
+        ("axis", 2, "axis 2 is not 0 or 1"),
+        ("dtype", "int3", "'int3' is no type of values"),
+        ("scale", 3, "3 is no dict"),
+        ("scale", {"bits": 8, "group_size": 0, "shape": [1, 8], "symmetric": True}, "stored are"),
         ("symmetric", True, "stored are codes, scale, zero_point, not codes, scale"),
-        ("format", "int4_group", "codes is torch.int8"),
+        ("format", "int4_group", "8 bits are not 3 to 4"),
         ("weight_shape", [12, 8], "has no matrix of 8 x 12"),
         ("weight_shape", [], "has no matrix of 8 x 12"),
         ("transposed", True, "has no matrix of 8 x 12"),

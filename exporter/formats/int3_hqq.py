@@ -1,0 +1,77 @@
+"""Codes of 3 bits, ten in an int32: the layout of HQQ, bit for bit.
+
+The codes are taken as the matrix Q [R, C] that has a group for each row (groups of inputs: codes.reshape(-1, group)) or
+for each column (groups of outputs: codes.reshape(group, -1)); without groups, or when the last one is shorter, as they
+are, [out, in]. Its rows are cut into ten slabs of step = ceil(R / 10), the last ones filled up with zeros:
+
+    word[r, c] = sum over k of Q[k step + r, c] << (27 - 3 k),    k = 0..9; bits 30 and 31 are 0
+
+codes       [step, C]                int32; symmetric codes plus 4
+zero_point  [ceil(3 groups / 8)]     uint8: a stream of 3-bit numbers, the first in the lowest bits; or floats, or none
+scale       [out or 1, groups]       floats
+"""
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from exporter.formats.affine import AffineFormat
+from exporter.formats.base import tensor_of
+from exporter.formats.meta import AffineMeta
+from passes.weights import AffineWeight, group_columns
+
+SLABS = 10
+SHIFTS = tuple(27 - 3 * slab for slab in range(SLABS))
+
+
+class Int3Hqq(AffineFormat):
+    """Ten codes in an int32."""
+
+    name: ClassVar[str] = "int3_hqq"
+    widths: ClassVar[range] = range(3, 4)
+
+    def pack_matrix(self, weight: AffineWeight) -> Tensor:
+        """int32 [ceil(R / 10), C]."""
+        codes = weight.codes if weight.zero_point is not None else (weight.codes + 4).view(torch.uint8)
+        return pack_codes(codes.reshape(grouped_shape(weight.shape, weight.group_size, weight.axis)))
+
+    def unpack_matrix(self, tensors: Mapping[str, Tensor], meta: AffineMeta) -> Tensor:
+        """The codes."""
+        rows, columns = grouped_shape(meta.shape, meta.group_size, meta.axis)
+        stored = tensor_of(tensors, "codes", torch.int32, (-(-rows // SLABS), columns))
+        if bool((stored >> 30).any()):
+            raise ValueError("codes have bits above the ten codes of a word")
+        codes = unpack_codes(stored, rows).view(meta.shape)
+        return codes.view(torch.int8) - 4 if meta.symmetric else codes
+
+
+def grouped_shape(shape: tuple[int, int], group_size: int, axis: int) -> tuple[int, int]:
+    """[R, C] of the matrix that holds the groups of a weight [out, in]."""
+    rows, columns = shape
+    width = group_columns(columns, group_size)
+    if axis == 0 and group_size > 0 and rows % group_size == 0:
+        return group_size, rows * columns // group_size
+    return shape if axis == 0 or columns % width else (rows * columns // width, width)
+
+
+def pack_codes(codes: Tensor) -> Tensor:
+    """Codes 0 to 7 [rows, columns] -> int32 [ceil(rows / 10), columns], as HQQ packs them."""
+    rows, columns = codes.shape
+    step = -(-rows // SLABS)
+    words = torch.zeros(step, columns, dtype=torch.int32, device=codes.device)
+    for slab, shift in enumerate(SHIFTS):
+        part = codes[slab * step : (slab + 1) * step].to(torch.int32)
+        words[: len(part)] |= part.bitwise_left_shift_(shift)
+    return words
+
+
+def unpack_codes(packed: Tensor, rows: int) -> Tensor:
+    """Words int32 [ceil(rows / 10), columns] -> codes uint8 [rows, columns]."""
+    step, columns = packed.shape
+    codes = torch.empty(rows, columns, dtype=torch.uint8, device=packed.device)
+    for slab, shift in enumerate(SHIFTS):
+        part = codes[slab * step : (slab + 1) * step]
+        part.copy_((packed[: len(part)] >> shift).bitwise_and_(7))
+    return codes
