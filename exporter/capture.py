@@ -139,7 +139,7 @@ def dynamic_axes(program: torch.export.ExportedProgram, graph: fx.GraphModule) -
         if isinstance(value, Tensor):
             free = {axis: str(size) for axis, size in enumerate(value.shape) if isinstance(size, torch.SymInt)}
             if free:
-                symbols[node.name] = free
+                symbols[str(node.target)] = free  # the node of an input called "input" has another name
     first = {axes[0] for axes in symbols.values() if 0 in axes}
     rename = {first.pop(): "batch"} if len(first) == 1 else {}
     return {name: {axis: rename.get(label, label) for axis, label in axes.items()} for name, axes in symbols.items()}
