@@ -75,7 +75,7 @@ def _layers(report: Report) -> Table:
     table.columns[-1].justify = "left"
     for layer in worst_layers(report, WORST_LAYERS):
         output = layer.output_sqnr_db
-        figures = (layer.weight_sqnr_db, output.own, output.accumulated)
+        figures = (layer.weight_sqnr_db, output.own, output.worst)
         kernel = shorten(layer.kernel or "", 21)
         _add(table, shorten(layer.name, 26), f"{layer.bits_per_weight:.2f}", *map(decibels, figures), kernel)
     return table
@@ -95,7 +95,7 @@ def _gates(report: Report) -> Table:
     table.columns[-1].no_wrap, table.columns[-1].overflow = False, "fold"
     for gate in report.gates:
         state = gate_state(gate)
-        _add(table, shorten(gate.expr, 34), metric(gate.value), Text(state, style=STYLES[state]), gate.where)
+        _add(table, shorten(gate.expr, 34), metric(gate.value), Text(state, style=STYLES[state]), shorten(gate.where, 60))
     return table
 
 

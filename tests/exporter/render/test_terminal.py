@@ -11,7 +11,7 @@ from exporter.report import GateResult, LayerDiff, LayerSqnr, Report, Sizes
 
 FIGURES = Figures(34.26, 0.99981, 0.0639, 0.0154, 0.995, 0.000161)
 
-LONG = "model.decoder.layers.23.self_attn.query_key_value_projection[red]"
+LONG = "model.decoder.layers.23.self_attention.heads.of.a.name.that.is.a.hundred.long.query_key_value_projection[red]"
 
 REPORT = Report(
     model={"name": "opt.pt2"},
@@ -31,6 +31,7 @@ REPORT = Report(
         GateResult(f"metric.{LONG}.drop<=0.001", 0.1, False, where=f"onnxruntime {LONG}"),
         GateResult("sqnr_db>=20", 34.26, True, where="onnxruntime logits"),
         GateResult("tensorrt.kl<=1", None, False, measured=False, where="tensorrt"),
+        GateResult("layer.output_sqnr_db>=15", -10.25, False, where=LONG),
     ),
 )
 
@@ -44,6 +45,7 @@ def shown(report: Report, width: int = 80, encoding: str = "utf-8") -> list[str]
 
 
 def test_every_line_fits_80_columns():
+    assert len(LONG) >= 100
     assert max(len(line.rstrip()) for line in shown(REPORT)) <= 80
 
 
@@ -73,7 +75,7 @@ def test_names_in_brackets_are_no_markup():
 
 def test_title_warnings_and_gates():
     lines = [line.rstrip() for line in shown(REPORT)]
-    assert lines[0] == "opt.pt2: 1 of 3 gates failed"
+    assert lines[0] == "opt.pt2: 2 of 4 gates failed"
     assert lines[2].startswith("warning: calibration data is synthetic")
     passed = next(line for line in lines if line.startswith("sqnr_db>=20"))
     assert passed.split() == ["sqnr_db>=20", "34.26", "passed", "onnxruntime", "logits"]
@@ -81,7 +83,7 @@ def test_title_warnings_and_gates():
 
 
 def test_an_ascii_terminal_can_show_it():
-    assert shown(REPORT, encoding="ascii")[0].rstrip() == "opt.pt2: 1 of 3 gates failed"
+    assert shown(REPORT, encoding="ascii")[0].rstrip() == "opt.pt2: 2 of 4 gates failed"
 
 
 def test_empty_tables_are_left_out():
