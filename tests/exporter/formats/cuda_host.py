@@ -1,0 +1,58 @@
+"""Runs a GPU kernel's source on the CPU: g++ compiles it with cuda_host.h in the place of device.cu."""
+
+import ctypes
+import functools
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from exporter.gpu_kernels import SOURCES, GpuKernel
+
+Array = NDArray[np.generic]
+HEADER = Path(__file__).with_name("cuda_host.h")
+FLAGS = ("-std=c++20", "-O1", "-shared", "-fPIC", "-U_FORTIFY_SOURCE", "-Wall", "-Wno-unknown-pragmas")
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ compiles the kernels for the CPU")
+
+
+@functools.cache
+def build(kernels: tuple[GpuKernel, ...]) -> ctypes.CDLL:
+    """A library with all of `kernels`, which are of one source and agree in what they define."""
+    defines: dict[str, int] = {}
+    for kernel in kernels:
+        assert all(defines.get(name, value) == value for name, value in kernel.defines)
+        defines.update({**dict(kernel.defines), kernel.entry.upper(): 1})
+    lines = [*(f"#define {name} {value}" for name, value in defines.items()), f'#include "{HEADER}"']
+    lines += [f'#include "{SOURCES / name}"' for name in ("mma_tile.cu", kernels[0].source)]
+    lines += [f"HOST_ENTRY({kernel.entry})" for kernel in kernels]
+    folder = Path(tempfile.mkdtemp())
+    try:
+        source, library = folder / "kernels.cpp", folder / "kernels.so"
+        source.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        done = subprocess.run(["g++", *FLAGS, str(source), "-o", str(library)], capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+        return ctypes.CDLL(str(library))
+    finally:
+        shutil.rmtree(folder)
+
+
+def run(
+    library: ctypes.CDLL, kernel: GpuKernel, arrays: Mapping[str, Array], sizes: Mapping[str, int], output: Array
+) -> Array:
+    """Launches a kernel of the library as the driver would; `output` is written and returned."""
+    pointers = [arrays[name].ctypes.data for name in kernel.inputs]
+    scalars = [sizes[name] for name in kernel.sizes]
+    launch = kernel.launch(sizes.get("rows", 0), sizes["out"], sizes["columns"], lambda a, b: -(-a // b))
+    values: Sequence[ctypes._SimpleCData] = [
+        *(ctypes.c_void_p(pointer) for pointer in pointers),
+        *(ctypes.c_int(scalar) for scalar in scalars),
+        ctypes.c_void_p(output.ctypes.data),
+    ]
+    arguments = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+    getattr(library, f"{kernel.entry}_on_host")(arguments, launch.grid[0], launch.grid[1], launch.block)
+    return output
