@@ -12,6 +12,8 @@
     metrics    {name: {reference, eager_quantized, onnxruntime, tensorrt}}
     sizes      {float_parameters, files: {name: bytes}}
     gates      [{expr, value, passed, measured, where}]
+    sensitivity [{name, alone_sqnr_db, without_sqnr_db, gain_db, metrics: {name: {alone, without}}}]
+                with --sensitivity, the most sensitive layer first; see `exporter.sensitivity`
     sample_sums {outputs: {runtime: {output: sums}}, layers: {layer: sums}}
                 sums: {signal: [number], noise: [number], agreement: [number] or null}, an entry for each held-out
                 sample, or block of neighbours; see `exporter.sample_sums`
@@ -177,6 +179,17 @@ class AllSums:
 
 
 @dataclasses.dataclass(frozen=True)
+class LayerSensitivity:
+    """What quantizing one layer alone costs, and what leaving it alone in float gives; see `exporter.sensitivity`."""
+
+    name: str
+    alone_sqnr_db: float
+    without_sqnr_db: float
+    gain_db: float
+    metrics: Mapping[str, Mapping[str, float | None]] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
 class GateResult:
     """A gate's verdict: the figure that came closest to failing, and where (runtime, output) it was found."""
 
@@ -204,6 +217,7 @@ class Report:
     sizes: Sizes = Sizes(float_parameters=0)
     gates: tuple[GateResult, ...] = ()
     sample_sums: AllSums = AllSums()
+    sensitivity: tuple[LayerSensitivity, ...] = ()
     histograms: Mapping[str, Mapping[str, Histogram]] = dataclasses.field(default_factory=dict)
 
     @property
@@ -239,6 +253,7 @@ class Report:
                     "sizes": Sizes(**data["sizes"]),
                     "gates": tuple(GateResult(**entry) for entry in data["gates"]),
                     "sample_sums": _all_sums(data.get("sample_sums", {})),
+                    "sensitivity": tuple(LayerSensitivity(**entry) for entry in data.get("sensitivity", [])),
                     "histograms": _histograms(data.get("histograms", {})),
                 }
             )
