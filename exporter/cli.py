@@ -69,6 +69,7 @@ def cli() -> None:
 @click.option("--trust-model", is_flag=True, help="Load a model that runs code of its own.")
 @click.option("--eval", metavar="pkg.mod:function", help="Called with predict(inputs); returns {metric: number}.")
 @click.option("--gate", "gates", multiple=True, metavar="EXPR", help="What to reach: sqnr_db>=20; may be repeated.")
+@click.option("--sensitivity", is_flag=True, help="Rank the layers: each quantized alone, and all but it.")
 @click.option("--skip", multiple=True, metavar="GLOB", help="Layers to leave in float; may be repeated.")
 @click.option("--recipe", type=click.Path(path_type=Path), metavar="FILE", help="These options, as TOML.")
 @click.option("--provider", metavar="cpu|cuda|tensorrt", help="Where onnxruntime runs. [default: cpu]")

@@ -34,6 +34,7 @@ from exporter.recipe import Recipe
 from exporter.recipe_values import InputSpec
 from exporter.report import AllSums, Json, PassRecordView, Report, Sizes, SkipView, Sums
 from exporter.report_files import write_reports
+from exporter.sensitivity import measure_sensitivity
 from exporter.validate import OutputFigures, compare_layers, compare_outputs, eager_session, evaluate_metrics
 from exporter.versions import versions
 from passes import PASSES
@@ -165,6 +166,9 @@ def _compile(loaded: Loaded, recipe: Recipe, folder: Path, progress: Progress, g
 
         clock.stage("validate")
         report = validate(program, recipe, lowered, engine, folder, progress)
+        if recipe.sensitivity:
+            clock.stage("sensitivity")
+            report = dataclasses.replace(report, sensitivity=measure_sensitivity(program, recipe.eval, progress.step))
         clock.stop()
     report = dataclasses.replace(
         report,

@@ -62,6 +62,7 @@ class Recipe:
     dynamic: Dynamic = dataclasses.field(default_factory=dict)
     eval: str | None = None
     gates: tuple[str, ...] = ()
+    sensitivity: bool = False
     skip: tuple[str, ...] = ()
     layers: tuple[LayerRule, ...] = ()
     out: Path = Path("out")

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from exporter.render.sensitivity_text import sensitivity_headings, sensitivity_rows
 from exporter.render.text import (
     FIGURES,
     NONE,
@@ -45,6 +46,7 @@ def render(report: Report) -> str:
         _metrics(report),
         _sizes(report),
         _layers(report),
+        _sensitivity(report),
         _passes(report),
         _repeat(report),
     ]
@@ -114,6 +116,12 @@ def _layers(report: Report) -> str:
     used = ", ".join(f"{name} {number}" for name, number in kernels(report.layers).items())
     parts = [title, _table(headings, rows, "llrrrrll")] if rows else []
     return "\n\n".join([*parts, f"Kernels: {_cell(_text(used))}"] if used else parts)
+
+
+def _sensitivity(report: Report) -> str:
+    rows = [(_code(name), *figures) for name, *figures in sensitivity_rows(report, WORST_LAYERS)]
+    headings = sensitivity_headings(report)
+    return _table(headings, rows, "l" + "r" * (len(headings) - 1))
 
 
 def _passes(report: Report) -> str:

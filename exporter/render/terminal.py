@@ -6,6 +6,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from exporter.render.sensitivity_text import sensitivity_headings, sensitivity_rows
 from exporter.render.text import (
     RUNTIMES,
     comparisons,
@@ -31,7 +32,14 @@ def render(report: Report) -> RenderableType:
     """What a console prints, line by line; a console without colour loses nothing but the colour."""
     parts: list[RenderableType] = [_title(report), Text(headline(report), style="dim")]
     parts += [Text(f"warning: {warning}", style="yellow") for warning in report.warnings]
-    tables = (*_comparisons(report), _metrics(report), _layers(report), _sizes(report), _gates(report))
+    tables = (
+        *_comparisons(report),
+        _metrics(report),
+        _layers(report),
+        _sensitivity(report),
+        _sizes(report),
+        _gates(report),
+    )
     parts += [Padding(table, (1, 0, 0, 0)) for table in tables if table.row_count]
     used = ", ".join(f"{name} {number}" for name, number in kernels(report.layers).items())
     if used:
@@ -78,6 +86,14 @@ def _layers(report: Report) -> Table:
         figures = (layer.weight_sqnr_db, output.own, output.worst)
         kernel = shorten(layer.kernel or "", 21)
         _add(table, shorten(layer.name, 26), f"{layer.bits_per_weight:.2f}", *map(decibels, figures), kernel)
+    return table
+
+
+def _sensitivity(report: Report) -> Table:
+    columns = 5  # the layer, three figures and one metric fit
+    table = _table(*sensitivity_headings(report)[:columns])
+    for name, *figures in sensitivity_rows(report, WORST_LAYERS):
+        _add(table, shorten(name, 26), *figures[: columns - 1])
     return table
 
 
