@@ -24,6 +24,7 @@ from passes.weights import AffineWeight, group_columns
 
 SLABS = 10
 SHIFTS = tuple(27 - 3 * slab for slab in range(SLABS))
+WORDS_AT_ONCE = 1 << 18
 
 
 class Int3Hqq(AffineFormat):
@@ -61,9 +62,10 @@ def pack_codes(codes: Tensor) -> Tensor:
     rows, columns = codes.shape
     step = -(-rows // SLABS)
     words = torch.zeros(step, columns, dtype=torch.int32, device=codes.device)
-    for slab, shift in enumerate(SHIFTS):
-        part = codes[slab * step : (slab + 1) * step].to(torch.int32)
-        words[: len(part)] |= part.bitwise_left_shift_(shift)
+    for start, stop in _runs(step, columns):
+        for slab, shift in enumerate(SHIFTS):
+            part = codes[slab * step + start : min(slab * step + stop, rows)].to(torch.int32)
+            words[start : start + len(part)] |= part.bitwise_left_shift_(shift)
     return words
 
 
@@ -71,7 +73,14 @@ def unpack_codes(packed: Tensor, rows: int) -> Tensor:
     """Words int32 [ceil(rows / 10), columns] -> codes uint8 [rows, columns]."""
     step, columns = packed.shape
     codes = torch.empty(rows, columns, dtype=torch.uint8, device=packed.device)
-    for slab, shift in enumerate(SHIFTS):
-        part = codes[slab * step : (slab + 1) * step]
-        part.copy_((packed[: len(part)] >> shift).bitwise_and_(7))
+    for start, stop in _runs(step, columns):
+        for slab, shift in enumerate(SHIFTS):
+            part = codes[slab * step + start : min(slab * step + stop, rows)]
+            part.copy_((packed[start : start + len(part)] >> shift).bitwise_and_(7))
     return codes
+
+
+def _runs(step: int, columns: int) -> list[tuple[int, int]]:
+    """Runs of a slab's rows whose words stay in the cache while ten slabs pass over them."""
+    count = max(1, WORDS_AT_ONCE // columns)
+    return [(start, min(start + count, step)) for start in range(0, step, count)]
