@@ -57,7 +57,11 @@ def cli() -> None:
 
 @cli.command(COMPILE, hidden=True)
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option("--passes", metavar="LIST", help="Passes in order: cle,gptq:bits=3:group_size=64. [default: cle,gptaq]")
+@click.option(
+    "--passes",
+    metavar="LIST",
+    help="Passes in order: cle,gptq:bits=3:group_size=64. [default: cle,gptaq; none for a quantized model]",
+)
 @click.option("--target", multiple=True, metavar="onnx|trt", help="What to make; may be repeated. [default: onnx]")
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Output folder. [default: out]")
 @click.option("--force", is_flag=True, help="Replace an output folder that is there.")
@@ -78,6 +82,8 @@ def cli() -> None:
 @click.option("--trt-profile", "trt_profiles", multiple=True, metavar="NAME=MIN/OPT/MAX", help="Shapes to build for.")
 @click.option("--seed", type=int, metavar="N", help="Of everything random. [default: 0]")
 @click.option("--threads", type=int, metavar="N", help="Threads to use; 0 leaves it to the libraries. [default: 0]")
+@click.option("--memory", metavar="SIZE", help="What results and activations may take before they go to disk: 4GB.")
+@click.option("--resume/--no-resume", default=None, help="Go on where a stopped run of the same stood. [default: on]")
 @click.option("--quiet", is_flag=True, help="Say nothing but warnings and errors.")
 @click.option("-v", "--verbose", is_flag=True, help="Show warnings of libraries, and tracebacks.")
 def compile_command(model: Path, recipe: Path | None, verbose: bool, **flags: Any) -> int:
@@ -223,7 +229,7 @@ def run(args: Sequence[str]) -> int:
     except click.ClickException as error:
         return fail(f"{' '.join(error.format_message().split())} (see qexport --help)", USAGE)
     except (click.Abort, KeyboardInterrupt):
-        return fail("interrupted, nothing was written; the same command starts again", INTERRUPTED)
+        return fail("interrupted, nothing was written; the same command goes on from here", INTERRUPTED)
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

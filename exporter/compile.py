@@ -39,6 +39,8 @@ from exporter.validate import OutputFigures, compare_layers, compare_outputs, ea
 from exporter.versions import versions
 from passes import PASSES
 from passes.base import PassError, PassRecord, Pipeline, Program, TargetRules
+from passes.cache import Cache
+from passes.memory import Memory
 from runtimes.base import Artifact, RuntimeFault, Session
 from runtimes.ort import OnnxRuntime
 from runtimes.trt import TensorRT
@@ -58,10 +60,11 @@ class CompileResult:
 
 def compile_path(model: Path, recipe: Recipe, *, progress: Progress) -> CompileResult:
     """Compile the model in a file or folder. Raises QExportError."""
-    with OutputFolder(recipe.out, force=recipe.force) as folder, faults():
+    output = OutputFolder(recipe.out, force=recipe.force)
+    with output as folder, faults():
         progress.stage("load")
         loaded = load_model(model, factory=recipe.factory, trust=recipe.trust_model)
-        return _compile(loaded, recipe, folder, progress, None)
+        return _compile(loaded, recipe, folder, output.cache, progress, None)
 
 
 def compile_model(
@@ -91,9 +94,10 @@ def compile_model(
     )
     if loaded.module is not None and not recipe.inputs:
         recipe = dataclasses.replace(recipe, inputs=specs)
-    with OutputFolder(recipe.out, force=recipe.force) as folder, faults():
+    output = OutputFolder(recipe.out, force=recipe.force)
+    with output as folder, faults():
         given = calibration if calibration is not None or recipe.calib is not None else [example_inputs]
-        return _compile(loaded, recipe, folder, Silent(), given).report
+        return _compile(loaded, recipe, folder, output.cache, Silent(), given).report
 
 
 @contextlib.contextmanager
@@ -131,7 +135,9 @@ class _Clock:
         self._since, self._stage = now, ""
 
 
-def _compile(loaded: Loaded, recipe: Recipe, folder: Path, progress: Progress, given: object) -> CompileResult:
+def _compile(
+    loaded: Loaded, recipe: Recipe, folder: Path, cache: Path, progress: Progress, given: object
+) -> CompileResult:
     clock = _Clock(progress)
     recipe = recipe.for_model(quantized=bool(loaded.weights))
     with threads(recipe.threads):
@@ -147,6 +153,9 @@ def _compile(loaded: Loaded, recipe: Recipe, folder: Path, progress: Progress, g
             seed=recipe.seed,
         )
         program.on_step = progress.step
+        program.memory = Memory(recipe.memory, folder)
+        damaged: list[str] = []
+        program.cache = Cache(cache, str(versions()), damaged.append) if recipe.resume else None
         adopt(program, loaded.weights, loaded.path)
 
         pipeline = Pipeline(recipe.parsed_passes, PASSES)
@@ -188,7 +197,8 @@ def _compile(loaded: Loaded, recipe: Recipe, folder: Path, progress: Progress, g
     report = dataclasses.replace(report, gates=evaluate([parse_gate(gate) for gate in recipe.gates], report))
     write(folder, report, clock.seconds, prepared, recipe, loaded)
     code = exit_code(report.gates)
-    messages = [*(f"warning: {line}" for line in (*prepared.warnings, *incomplete)), *_failed_gates(report)]
+    warnings = (*prepared.warnings, *damaged, *incomplete)
+    messages = [*(f"warning: {line}" for line in warnings), *_failed_gates(report)]
     return CompileResult(report, recipe.out, code or (INCOMPLETE if incomplete else 0), tuple(messages))
 
 

@@ -1,11 +1,15 @@
 """The output folder: written beside its place under another name, and renamed when it is whole.
 
+    .OUT.<random>.partial   what is being written          .OUT.lock    held while a run writes
+    .OUT.<random>.old       what --force replaces          .OUT.cache   finished layers, until the run ends well
+
 Whatever ends the writing early (an error, a full disk, Ctrl-C) leaves nothing under the name the user gave, and what
 stood there before stays.
 """
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -16,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 
 from exporter.errors import InputError
+from exporter.lock import locked
 from exporter.report import Json
 from exporter.versions import versions
 
@@ -33,7 +38,8 @@ class OutputFolder:
 
     Raises InputError on entry when `out` is there already (without `force`), is a file, or cannot be made; and at the
     end when the disk is full or the folder is lost. `force` replaces an output of qexport or an empty folder, nothing
-    else. Missing parents are made, and removed again when nothing comes of it.
+    else. Missing parents are made, and removed again when nothing comes of it. What a run that was killed left behind
+    is cleared away; only one run at a time may write to `out`.
     """
 
     def __init__(self, out: str | Path, *, force: bool = False) -> None:
@@ -41,7 +47,9 @@ class OutputFolder:
         self._out = Path(out).expanduser().resolve()
         self._force = force
         self._made: list[Path] = []
-        self.folder = self._beside("partial")
+        self._lock = contextlib.ExitStack()
+        self.folder = self._beside(f"{secrets.token_hex(4)}.partial")
+        self.cache = self._beside("cache")
 
     def __enter__(self) -> Path:
         try:
@@ -63,6 +71,8 @@ class OutputFolder:
                 if isinstance(fault, OSError):
                     raise self._lost(fault) from fault
                 raise
+            shutil.rmtree(self.cache, ignore_errors=True)
+            self._lock.close()
             return
         lost = not self.folder.exists()
         self._remove()
@@ -90,11 +100,24 @@ class OutputFolder:
             for parent in reversed(missing):
                 parent.mkdir()
                 self._made.append(parent)
+            self._lock.enter_context(locked(self._beside("lock"), self._where))
+            self._clear()
             self.folder.mkdir()
         except OSError as error:
             raise InputError(
                 f"cannot be written: {error.strerror}", where=self._where, fix="give a folder that you may write to"
             ) from error
+
+    def _clear(self) -> None:
+        """Undo what a killed run left: its unfinished folder, and the old output that it had moved aside."""
+        for left in self._out.parent.glob(f".{glob.escape(self._out.name)}.*.old"):
+            if os.path.lexists(self._out):
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.rename(self._out)
+        for left in self._out.parent.glob(f".{glob.escape(self._out.name)}.*.partial"):
+            shutil.rmtree(left, ignore_errors=True)
+        self._check()
 
     def _put_into_place(self) -> None:
         if not os.path.lexists(self._out):
@@ -102,7 +125,7 @@ class OutputFolder:
             return
         if not self._force:  # it came while we were writing
             raise InputError("exists already", where=self._where, fix="give another name, or --force to replace it")
-        old = self._beside("old")
+        old = self._beside(f"{secrets.token_hex(4)}.old")
         self._out.rename(old)
         try:
             self.folder.rename(self._out)
@@ -113,12 +136,13 @@ class OutputFolder:
 
     def _remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
+        self._lock.close()
         for parent in reversed(self._made):
             with contextlib.suppress(OSError):  # somebody else put something there: it stays
                 parent.rmdir()
 
     def _beside(self, kind: str) -> Path:
-        return self._out.parent / f".{self._out.name}.{secrets.token_hex(4)}.{kind}"
+        return self._out.parent / f".{self._out.name}.{kind}"
 
     def _is_about_folder(self, error: Exception) -> bool:
         name = error.filename if isinstance(error, OSError) else None

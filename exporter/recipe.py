@@ -21,9 +21,9 @@ from typing import Any, Literal
 from exporter.errors import InputError
 from exporter.gates import parse_gate
 from exporter.options import convert, nearest, shown
-from exporter.recipe_values import Dynamic, InputSpec, Profiles, parse_dynamic, parse_input, parse_profile, shape_text
+from exporter.recipe_values import Dynamic, InputSpec, Profiles, parse_dynamic, parse_input, parse_profile, parse_size, shape_text
 from exporter.report import Json
-from exporter.specs import join_specs, option_types, parse_passes
+from exporter.specs import NO_PASSES, join_specs, option_types, parse_passes
 from passes.base import LayerRule, Pass
 
 Target = Literal["onnx", "trt"]
@@ -38,7 +38,7 @@ FLAGS = {"inputs": "input", "gates": "gate", "trt_profiles": "trt-profile"}
 NOT_IN_TOML = frozenset({"trust_model"})
 """A file that lies in the current directory must not decide that a model's code is run."""
 
-NOT_IN_REPORT = frozenset({"out", "force", "quiet", "trust_model"})
+NOT_IN_REPORT = frozenset({"out", "force", "quiet", "trust_model", "memory", "resume"})
 """What says nothing about the result."""
 
 
@@ -48,10 +48,10 @@ class Recipe:
 
     Lists and the text of flags are accepted for every field (`target=["onnx"]`, `inputs="x=1x3x32x32"`,
     `dynamic="x:0=batch"`). Raises InputError for a value of the wrong type, an unknown target, pass or option, and a
-    gate that does not parse.
+    gate that does not parse. Without `passes` it is DEFAULT_PASSES, or none for a model quantized already.
     """
 
-    passes: str = DEFAULT_PASSES
+    passes: str | None = None
     target: tuple[Target, ...] = ("onnx",)
     trt_flavor: Flavor = "auto"
     trt_arch: tuple[str, ...] = ()
@@ -70,6 +70,8 @@ class Recipe:
     provider: Provider = "cpu"
     seed: int = 0
     threads: int = 0
+    memory: int = 0
+    resume: bool = True
     factory: str | None = None
     trust_model: bool = False
     quiet: bool = False
@@ -91,7 +93,13 @@ class Recipe:
     @property
     def parsed_passes(self) -> tuple[Pass, ...]:
         """The passes, in order, without their prerequisites."""
-        return parse_passes(self.passes)
+        return parse_passes(self.passes or DEFAULT_PASSES)
+
+    def for_model(self, *, quantized: bool) -> "Recipe":
+        """This recipe with the passes written out that the model gets: `quantized` if its weights are codes already."""
+        if self.passes is not None:
+            return self
+        return dataclasses.replace(self, passes=NO_PASSES if quantized else DEFAULT_PASSES)
 
     @property
     def layer_rules(self) -> tuple[LayerRule, ...]:
@@ -110,10 +118,14 @@ class Recipe:
 def read_recipe(flags: Mapping[str, Any], file: Path | None = None, folder: Path | None = None) -> Recipe:
     """The recipe of `flags` {field: value}, over TOML: `file`, or else the pyproject.toml in `folder` (default: here).
 
-    A flag that is None, False or () was not given. Raises InputError naming the flag, or the file and its key.
+    A flag that is None, () or an unset switch was not given. Raises InputError naming the flag, or the file and its key.
     """
-    given = {name: value for name, value in flags.items() if not (value is None or value is False or value == ())}
+    given = {name: value for name, value in flags.items() if not _is_unset(name, value)}
     return Recipe(**_from_toml(file, folder or Path.cwd()) | given)
+
+
+def _is_unset(name: str, value: Any) -> bool:
+    return value is None or value == () or (value is False and name != "resume")  # which is on unless switched off
 
 
 def flag_of(field: str) -> str:
@@ -166,6 +178,8 @@ def _read(name: str, value: Any, hint: Any) -> Any:
         return parse_dynamic(value if isinstance(value, Mapping) else _entries(name, value))
     if name == "trt_profiles":
         return parse_profile(value if isinstance(value, Mapping) else _entries(name, value))
+    if name == "memory":
+        return parse_size(value)
     if name == "trt_arch" and isinstance(value, str):
         value = [arch.strip() for arch in value.split(",")]
     try:

@@ -2,6 +2,7 @@
 
 --input [NAME=]SHAPE[:dtype]        x=8x3x32x32, 8x128:int64 (x or a comma between the sizes)
 --dynamic NAME:AXIS[=label]         x:0=batch
+--memory SIZE                       4GB
 --trt-profile NAME=MIN/OPT/MAX      x=1x3x32x32/8x3x32x32/32x3x32x32
 """
 
@@ -15,6 +16,8 @@ from exporter.options import shown
 
 DType = Literal["float32", "float16", "bfloat16", "float64", "int64", "int32", "int16", "int8", "uint8", "bool"]
 DTYPES: tuple[str, ...] = DType.__args__  # type: ignore[attr-defined]  # a Literal's own list
+
+UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 Shape = tuple[int, ...]
 Dynamic = Mapping[str, Mapping[int, str]]
@@ -46,6 +49,18 @@ def parse_input(text: object) -> InputSpec:
     if dtype not in DTYPES:
         raise InputError(f"unknown type {dtype!r}", where="--input", fix=f"known are {', '.join(DTYPES)}")
     return InputSpec(name, parse_shape(shape, "--input"), dtype)
+
+
+def parse_size(value: object) -> int:
+    """Read a number of bytes: `4GB`, `512MB`, `1.5e9`, or the number itself; 0 is no limit. Raises InputError."""
+    match = re.fullmatch(r"\s*([\d.]+(?:e\d+)?)\s*([kMGT]?)B?\s*", value) if isinstance(value, str) else None
+    try:
+        size = float(match[1]) * UNITS[match[2]] if match else float(value) if type(value) is int else -1.0
+    except ValueError:
+        size = -1.0
+    if not 0 <= size < 1e18:
+        raise InputError(f"{shown(value)} is no number of bytes", where="--memory", fix="write 4GB or 512MB")
+    return int(size)
 
 
 def parse_shape(value: object, flag: str) -> Shape:

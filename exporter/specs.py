@@ -1,6 +1,6 @@
 """Pass specs: `cle,gptq:bits=3:group_size=64:act_order=true`. The fields of a pass are its options.
 
-Commas stand between passes, colons inside one. A recipe may also give a list, whose entries are specs or tables:
+Commas stand between passes, colons inside one; `none` is no pass at all. A recipe may also give a list, whose entries are specs or tables:
 ["cle", {name = "gptq", bits = 3}].
 """
 
@@ -17,6 +17,9 @@ from passes import PASSES
 from passes.base import Pass, PassError, order
 
 FLAG = "--passes"
+
+NO_PASSES = "none"
+"""The spec of no pass at all: the model is lowered as it is."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +47,8 @@ class PassDescription:
 def parse_passes(text: str) -> tuple[Pass, ...]:
     """The passes of a spec, in order. Raises InputError for an unknown pass or option, or a value of the wrong type."""
     specs = [spec.strip() for spec in text.split(",")]
+    if specs == [NO_PASSES]:
+        return ()
     if not all(specs):
         raise InputError(
             f"{shown(text)} names no pass" if not any(specs) else f"{shown(text)} has an empty entry",

@@ -303,7 +303,9 @@ def test_an_interrupt_is_130_without_a_traceback(
 ) -> None:
     failing(KeyboardInterrupt())
     assert run(["model.pt"]) == 130
-    assert capsys.readouterr().err.strip() == "error: interrupted, nothing was written; the same command starts again"
+    assert (
+        capsys.readouterr().err.strip() == "error: interrupted, nothing was written; the same command goes on from here"
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -322,7 +324,7 @@ def test_a_signal_ends_a_real_run_with_nothing_half_written(files: Path, tmp_pat
         child.send_signal(number)
         _, err = child.communicate()
     assert child.returncode == 130
-    assert err.strip() == "error: interrupted, nothing was written; the same command starts again"
+    assert err.strip() == "error: interrupted, nothing was written; the same command goes on from here"
     assert names(tmp_path) - {"__pycache__"} == {"slow.py", "reached"}
 
 

@@ -22,8 +22,11 @@ def refusal(**fields: Any) -> str:
 
 def test_the_defaults() -> None:
     recipe = Recipe()
-    assert recipe.passes == DEFAULT_PASSES
+    assert recipe.passes is None
     assert [work.name for work in recipe.parsed_passes] == ["cle", "gptaq"]
+    assert recipe.for_model(quantized=False).passes == DEFAULT_PASSES
+    assert recipe.for_model(quantized=True).parsed_passes == ()
+    assert Recipe(passes="gptq").for_model(quantized=True).passes == "gptq"
     assert recipe.target == ("onnx",)
 
 
