@@ -19,9 +19,13 @@ _COMPILATION = 6  # NVRTC_ERROR_COMPILATION: the log says what is wrong
 def compile_ptx(source: str, name: str, defines: Mapping[str, int], arch: str = "sm_80") -> bytes:
     """PTX of CUDA C `source`, which includes nothing; `name` is what the compiler calls it in its messages.
 
-    Raises TargetError when NVRTC cannot be used here, InternalError with the compiler's log when it refuses the source.
+    Raises TargetError when NVRTC cannot be used here or does not know `arch`, InternalError with the compiler's log when
+    it refuses the source.
     """
     library = _library()
+    known = _architectures(library)
+    if arch not in known:
+        raise TargetError(f"NVRTC compiles for {', '.join(known)}", where=arch, fix="the PTX of one runs on later GPUs")
     arguments = [f"--gpu-architecture={arch.replace('sm_', 'compute_')}", "--std=c++17", "--extra-device-vectorization"]
     arguments += [f"--define-macro={key}={value}" for key, value in sorted(defines.items())]
     options = (ctypes.c_char_p * len(arguments))(*(argument.encode() for argument in arguments))
@@ -55,6 +59,14 @@ def _library() -> ctypes.CDLL:
         return ctypes.CDLL(str(found[0]))
     except OSError as error:
         raise TargetError(f"NVRTC cannot be loaded: {error}", fix=f"install {DISTRIBUTION} again") from error
+
+
+def _architectures(library: ctypes.CDLL) -> list[str]:
+    count = ctypes.c_int()
+    _check(library, library.nvrtcGetNumSupportedArchs(ctypes.byref(count)))
+    numbers = (ctypes.c_int * count.value)()
+    _check(library, library.nvrtcGetSupportedArchs(numbers))
+    return [f"sm_{number}" for number in numbers]
 
 
 def _text(library: ctypes.CDLL, program: ctypes.c_void_p, what: str) -> bytes:
