@@ -62,7 +62,7 @@
     };
     layerChart = new uPlot(options, [indices, data.network, data.own, data.weight, data.bits], box);
     layerChart.over.addEventListener("click", () => {
-      if (layerChart.cursor.idx !== null && layerChart.cursor.idx !== undefined) select(layerChart.cursor.idx, true);
+      if (layerChart.cursor.idx !== null && layerChart.cursor.idx !== undefined) select(layerChart.cursor.idx);
     });
     charts.push(layerChart);
   }
@@ -127,14 +127,23 @@
   const numberOf = (row) => Number(row.id.slice("layer-".length));
   const rowOf = new Map(rows.map((row) => [numberOf(row), row]));
 
-  function select(index, scroll) {
+  function select(index) {
     if (rowOf.has(selected)) mark(rowOf.get(selected), false);
     selected = index;
     const row = rowOf.get(index);
     mark(row, true);
     if (row.hidden) clearFilters();
-    if (scroll) row.scrollIntoView({ block: "nearest" });
     showDetail(index);
+    const box = row.closest(".tall"), top = row.offsetTop - table.tHead.offsetHeight;
+    if (top < box.scrollTop || top + row.offsetHeight > box.scrollTop + box.clientHeight / 2) box.scrollTop = top;
+    if (layerChart) layerChart.redraw(false);
+  }
+
+  function unselect() {
+    byId("detail").hidden = true;
+    document.body.classList.remove("selecting");
+    if (rowOf.has(selected)) rowOf.get(selected).setAttribute("aria-selected", "false");
+    selected = -1;
     if (layerChart) layerChart.redraw(false);
   }
 
@@ -145,7 +154,6 @@
   }
 
   function showDetail(index) {
-    const box = byId("detail");
     const list = element("ul", undefined, "causes");
     for (const [kind, why] of data.causes[index]) {
       const entry = element("li");
@@ -154,8 +162,11 @@
     }
     const plots = element("div", undefined, "histograms");
     plots.dataset.histograms = data.names[index];
-    box.replaceChildren(element("h3", data.names[index]), element("p", data.facts[index], "quiet"), list, plots);
-    box.hidden = false;
+    byId("detail-text").replaceChildren(
+      element("h3", data.names[index]), element("p", data.facts[index], "quiet"), list, plots,
+    );
+    byId("detail").hidden = false;
+    document.body.classList.add("selecting");
     drawHistograms(plots, data.names[index]);
   }
 
@@ -164,7 +175,7 @@
     if (!visible.length) return null;
     const at = visible.findIndex((row) => numberOf(row) === selected);
     const next = visible[Math.min(visible.length - 1, Math.max(0, at < 0 ? 0 : at + by))];
-    select(numberOf(next), true);
+    select(numberOf(next));
     return next;
   }
 
@@ -243,13 +254,13 @@
     rows[0].tabIndex = 0;
     table.tBodies[0].addEventListener("click", (event) => {
       const row = event.target.closest("tr");
-      if (row && !window.getSelection().toString()) select(numberOf(row), false);
+      if (row && !window.getSelection().toString()) select(numberOf(row));
     });
     table.tBodies[0].addEventListener("keydown", (event) => {
       const steps = { ArrowDown: 1, ArrowUp: -1, PageDown: 10, PageUp: -10, Home: -rows.length, End: rows.length };
       const moved = event.key in steps ? step(steps[event.key]) : null;
-      if (event.key === "Enter" || event.key === " ") select(numberOf(event.target.closest("tr")), false);
-      else if (moved) moved.focus({ preventScroll: true });
+      if (event.key === "Enter" || event.key === " ") select(numberOf(event.target.closest("tr")));
+      else if (moved) moved.focus({ preventScroll: true }), moved.scrollIntoView({ block: "nearest" });
       else return;
       event.preventDefault();
     });
@@ -257,12 +268,14 @@
       const by = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
       if (!by) return;
       event.preventDefault();
-      select(Math.min(rows.length - 1, Math.max(0, selected < 0 ? 0 : selected + by)), true);
+      select(Math.min(rows.length - 1, Math.max(0, selected < 0 ? 0 : selected + by)));
     });
     for (const link of document.querySelectorAll("[data-select]")) {
-      link.addEventListener("click", () => select(Number(link.dataset.select), false));
+      link.addEventListener("click", () => select(Number(link.dataset.select)));
     }
+    byId("close").addEventListener("click", unselect);
     document.addEventListener("keydown", (event) => {
+      if (event.key === "Escape") unselect();
       if (event.key !== "/" || event.target.closest("input, select")) return;
       event.preventDefault();
       byId("filter-name").focus();

@@ -105,6 +105,12 @@ def test_a_click_selects(small: Opened) -> None:
     assert detail.locator("canvas").count() == 3
     page.locator("#worst a", has_text="c.linear").click()
     assert small.selected() == ["c.linear"]
+    page.keyboard.press("Escape")
+    assert small.selected() == []
+    assert detail.is_hidden()
+    page.locator("#layer-table tbody tr").nth(1).click()
+    page.locator("#close").click()
+    assert detail.is_hidden()
 
 
 def test_the_chart_answers_the_mouse(small: Opened) -> None:
@@ -113,8 +119,10 @@ def test_the_chart_answers_the_mouse(small: Opened) -> None:
     width = plot.bounding_box()["width"]
     plot.hover(position={"x": width * 0.97, "y": 50})
     assert "float" in str(page.locator("#chart .u-legend").text_content())
+    scrolled = page.evaluate("scrollY")
     plot.click(position={"x": width * 0.03, "y": 50})
     assert small.selected() == ["a"]
+    assert page.evaluate("scrollY") == scrolled  # the chart stays where it is
 
 
 def test_the_keyboard_alone_is_enough(small: Opened) -> None:
