@@ -62,6 +62,7 @@ def names(folder: Path) -> set[str]:
 
 def test_an_output_is_whole(files: Path) -> None:
     whole = {"model.onnx", "model.safetensors", "report.json", "report.md", "manifest.json", "timings.json"}
+    whole |= {"report.html", "junit.xml"}
     assert whole <= names(files / "out")
     report = Report.from_json((files / "out" / "report.json").read_text())
     assert report.gates_passed
@@ -72,7 +73,7 @@ def test_an_output_is_whole(files: Path) -> None:
 
 def test_the_same_command_writes_the_same_bytes(files: Path, tmp_path: Path) -> None:
     assert compiled(files, tmp_path / "again", "--gate", "sqnr_db>=20", "--quiet") == 0
-    for name in ("model.onnx", "model.safetensors", "manifest.json", "report.json"):
+    for name in ("model.onnx", "model.safetensors", "manifest.json", "report.json", "report.md", "junit.xml"):
         assert (tmp_path / "again" / name).read_bytes() == (files / "out" / name).read_bytes(), name
 
 
@@ -195,6 +196,9 @@ def test_bench_compares_with_float_in_one_run(files: Path, capsys: pytest.Captur
     assert run(["bench", str(files / "out"), "--rounds", "3", "--batch", "2", "--batch", "5"]) == 0
     shown = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in shown[1:3]] == ["2", "5"]
+    latency = json.loads((files / "out" / "timings.json").read_text())["latency"]
+    assert [timing["batch"] for timing in latency["timings"]] == [2, 5]
+    assert "as fast as float" in (files / "out" / "report.html").read_text()
     assert run(["bench", str(files)]) == 2
     assert "has no model.onnx" in capsys.readouterr().err
 

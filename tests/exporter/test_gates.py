@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 
 from exporter.errors import InputError
-from exporter.gates import Gate, GateSyntaxError, evaluate, exit_code, parse_gate
+from exporter.gates import Gate, GateSyntaxError, evaluate, exit_code, judge_layers, parse_gate
 from exporter.metrics import Figures
-from exporter.report import GateResult, Report, Sizes
+from exporter.report import GateResult, LayerDiff, LayerSqnr, Report, Sizes
 
 
 def figures(sqnr_db: float, max_abs: float = 0.05, top1: float | None = 1.0) -> Figures:
@@ -30,6 +30,11 @@ REPORT = Report(
         "vqa.v2": {"reference": 0.5, "eager_quantized": 0.25},
         "unreferenced": {"eager_quantized": 1.0},
     },
+    layers=(
+        LayerDiff("fc1", "linear", "int8", 8.5, 64, 31.0, LayerSqnr(40.0, 35.0, 36.0), 0.999, 0.1),
+        LayerDiff("fc2", "linear", "int8", 8.5, 64, 33.0, LayerSqnr(40.0, 30.0, 12.0), 0.98, 0.2),
+        LayerDiff("head", "linear", "float32", 32.0, 64, None, LayerSqnr(300.0, 28.0, 28.0), 0.999, 0.3),
+    ),
     sizes=Sizes(1000, {"model.onnx": 100, "model.onnx.data": 150, "model.engine": 300, "model.safetensors": 900}),
 )
 
@@ -53,6 +58,7 @@ def verdict(expr: str, report: Report = REPORT) -> GateResult:
             "tensorrt.metric.acc.rise<=1",
             Gate("tensorrt.metric.acc.rise<=1", "metric", "<=", 1, "tensorrt", "acc", "rise"),
         ),
+        ("layer.max_abs<1", Gate("layer.max_abs<1", "layer", "<", 1.0, layer="max_abs")),
         ("metric.drop==0", Gate("metric.drop==0", "metric", "==", 0.0, None, "drop")),
     ],
 )
@@ -76,6 +82,8 @@ def test_parses(expr, gate):
         ("sqnr_db>=nan", "not a finite number"),
         ("sqnr_db>=inf", "not a finite number"),
         ("onnxruntime.>=1", "unknown figure"),
+        ("layer.sqnr_db>=15", "or layer.output_sqnr_db"),
+        ("onnxruntime.layer.max_abs<=1", "unknown figure"),
     ],
 )
 def test_refuses_with_a_hint_on_one_line(expr, hint):
@@ -107,6 +115,11 @@ def test_refuses_with_a_hint_on_one_line(expr, hint):
         ("metric.perplexity.rise<=0.5", 0.5, True, "onnxruntime"),
         ("metric.perplexity.ratio<=1.03", 1.05, False, "onnxruntime"),
         ("metric.vqa.v2.ratio>=0.5", 0.5, True, "eager_quantized"),
+        ("layer.output_sqnr_db>=15", 12.0, False, "fc2"),  # the file is worse than eager torch
+        ("layer.output_sqnr_db>=10", 12.0, True, "fc2"),
+        ("layer.weight_sqnr_db>=30", 31.0, True, "fc1"),  # the head is float and has none
+        ("layer.cosine>=0.99", 0.98, False, "fc2"),
+        ("layer.bits_per_weight<=9", 32.0, False, "head"),
     ],
 )
 def test_the_figure_furthest_from_passing_decides(expr, value, passed, where):
@@ -128,6 +141,19 @@ def test_the_figure_furthest_from_passing_decides(expr, value, passed, where):
 def test_what_was_not_measured_has_not_passed(expr):
     result = verdict(expr)
     assert (result.value, result.passed, result.measured) == (None, False, False)
+
+
+def test_each_layer_has_a_verdict():
+    found = judge_layers(parse_gate("layer.weight_sqnr_db>=32"), REPORT)
+    assert {name: (result.value, result.passed) for name, result in found.items()} == {
+        "fc1": (31.0, False),
+        "fc2": (33.0, True),
+    }
+    assert judge_layers(parse_gate("sqnr_db>=32"), REPORT) == {}
+
+
+def test_a_gate_on_layers_needs_one():
+    assert not verdict("layer.output_sqnr_db>=1", dataclasses.replace(REPORT, layers=())).measured
 
 
 def test_size_ratio_needs_an_artifact():

@@ -9,7 +9,10 @@ import pytest
 from exporter.metrics import Figures
 from exporter.report import (
     AllSums,
+    Cause,
+    Evidence,
     GateResult,
+    Histogram,
     LayerDiff,
     LayerSqnr,
     PassRecordView,
@@ -35,7 +38,18 @@ REPORT = Report(
     ),
     layers=(
         LayerDiff(
-            "features.0", "conv", "int8_channel", 8.25, 432, 41.5, LayerSqnr(38.0, 36.5), 0.9999, 0.02, "QLinearConv"
+            "features.0",
+            "conv",
+            "int8_channel",
+            8.25,
+            432,
+            41.5,
+            LayerSqnr(38.0, 36.5),
+            0.9999,
+            0.02,
+            "QLinearConv",
+            Evidence(weight_bits=8.0, input_bits=8, weight_outlier_ratio=9.5, weight_outlier_axis="input"),
+            (Cause("outlier channels", "input channel 3 of the weight"),),
         ),
         LayerDiff("head", "linear", "float32", 32.0, 640),
     ),
@@ -44,6 +58,7 @@ REPORT = Report(
     metrics={"accuracy": {"reference": 0.987, "eager_quantized": 0.984, "onnxruntime": None}},
     sizes=Sizes(4_000_000, {"model.onnx": 1_040_000}),
     gates=(GateResult("sqnr_db>=20", 34.25, True, where="eager_quantized logits"),),
+    histograms={"features.0": {"weight": Histogram(-1.0, 1.5, (1, 2, 3), (2, 2, 2))}},
     sample_sums=AllSums(
         {"eager_quantized": {"logits": Sums((2.5, 1.0), (0.001, 0.0004), (1.0, 0.5))}},
         {"features.0": Sums((4.0, 3.0), (2e-4, 1e-4))},
@@ -67,6 +82,23 @@ def test_a_report_of_before_the_sums_is_read():
     data = json.loads(REPORT.to_json())
     del data["sample_sums"]
     assert Report.from_json(json.dumps(data)).sample_sums == AllSums()
+
+
+def test_a_report_without_evidence_is_read():
+    """One that an earlier version wrote."""
+    data = json.loads(REPORT.to_json())
+    del data["histograms"]
+    for entry in data["layers"]:
+        del entry["evidence"], entry["causes"]
+    read = Report.from_json(json.dumps(data))
+    assert read.histograms == {}
+    assert read.layers[0].causes == ()
+
+
+def test_a_layer_is_judged_by_the_worse_of_network_and_file():
+    assert LayerSqnr(own=5.0, accumulated=30.0, onnxruntime=12.0).worst == 12.0
+    assert LayerSqnr(accumulated=30.0).worst == 30.0
+    assert LayerSqnr(own=5.0).worst is None
 
 
 def test_numbers_are_rounded_once_and_for_all():
