@@ -14,7 +14,7 @@ at the layer's own output, and of both when the smaller is a quarter of the larg
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from exporter.metrics import EXACT_DB
 from exporter.report import Cause, Evidence, LayerDiff
@@ -46,10 +46,15 @@ class _Side:
     channel: str
 
 
-def explain(layers: Iterable[LayerDiff], evidence: Mapping[str, Evidence]) -> tuple[LayerDiff, ...]:
-    """The layers with their evidence, {layer: evidence}, and the causes it speaks for."""
+def explain(
+    layers: Iterable[LayerDiff], evidence: Mapping[str, Evidence], folded: Collection[str] = ()
+) -> tuple[LayerDiff, ...]:
+    """The layers with their evidence, {layer: evidence}, and the causes it speaks for.
+
+    `folded` names the layers none of whose codes is left in the graph that the runtime runs.
+    """
     given = [dataclasses.replace(layer, evidence=evidence.get(layer.name)) for layer in layers]
-    return tuple(dataclasses.replace(layer, causes=likely_causes(layer)) for layer in given)
+    return tuple(dataclasses.replace(layer, causes=likely_causes(layer, layer.name in folded)) for layer in given)
 
 
 def worth_a_look(layers: Sequence[LayerDiff], limit: int = WORTH_A_LOOK) -> tuple[str, ...]:
@@ -64,10 +69,9 @@ def _lowest_first(figures: Mapping[str, float | None]) -> list[str]:
     return [name for _, name in sorted((db, name) for name, db in figures.items() if db is not None)]
 
 
-def likely_causes(layer: LayerDiff) -> tuple[Cause, ...]:
+def likely_causes(layer: LayerDiff, folded: bool = False) -> tuple[Cause, ...]:
     """Causes, the likeliest first; () for a layer that is exact or was not measured."""
-    rules: tuple[Callable[[LayerDiff], Iterator[Cause]], ...] = (_lowering, _inherited, _own, _folding)
-    return tuple(cause for rule in rules for cause in rule(layer))
+    return (*_lowering(layer), *_inherited(layer), *_own(layer), *_folding(layer, folded))
 
 
 def _lowering(layer: LayerDiff) -> Iterator[Cause]:
@@ -135,11 +139,13 @@ def _of_side(side: _Side, noise_db: float) -> Iterator[Cause]:
         yield Cause(kind, f"{side.bits:.3g} bits of the {side.what} leave {noise_db:.1f} dB at its own output")
 
 
-def _folding(layer: LayerDiff) -> Iterator[Cause]:
-    if layer.evidence is None or layer.kernel is None:
+def _folding(layer: LayerDiff, folded: bool) -> Iterator[Cause]:
+    if layer.evidence is None or layer.evidence.weight_bits is None:
         return
-    parts = set(layer.kernel.replace(", ", "+").split("+"))
-    if "DequantizeLinear" in parts:
+    parts = set((layer.kernel or "").replace(", ", "+").split("+"))
+    if folded:
+        yield Cause(FOLDING, "the runtime keeps none of its codes: it turned them to float while loading")
+    elif "DequantizeLinear" in parts:
         yield Cause(FOLDING, f"{layer.kernel}: the weight is decoded to float at every run")
     elif parts & FLOAT_OPERATORS:
         yield Cause(FOLDING, f"{layer.kernel} computes in float")

@@ -261,6 +261,7 @@ def validate(
     sessions: dict[str, Session] = {"eager_quantized": eager_session(program, main.simulated)}
     parity: dict[str, tuple[Session, Session]] = {}
     kernels: Mapping[str, str | None] = engine.kernels if engine else {}
+    folded = engine.folded if engine else ()
     warnings: list[str] = []
     if "onnx" in lowered:
         artifact = main.artifact
@@ -272,6 +273,7 @@ def validate(
         kernels = kernel_of_layers(
             artifact.model, optimized_kernels(artifact, runtime), {layer.name: layer.codes for layer in main.layers}
         )
+        folded = tuple(name for name, kernel in kernels.items() if kernel is None)
     if "trt" in lowered:
         trt = lowered["trt"]
         plain = eager_session(program, trt.graph)
@@ -289,7 +291,7 @@ def validate(
     layers = compare_layers(
         program, main, kernels, lambda done, total: progress.step("layers", done, total), layer_sums
     )
-    layers = explain(layers, gather(program))
+    layers = explain(layers, gather(program), folded)
     return Report(
         model={},
         recipe={},

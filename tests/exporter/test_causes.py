@@ -107,6 +107,19 @@ def test_explain_gives_each_layer_its_own_evidence():
     assert [cause.kind for cause in other.causes] == ["rounding"]
 
 
+def test_folded_layers_are_named():
+    found = explain([layer(kernel=None), dataclasses.replace(layer(), name="b")], {"fc": GOOD, "b": GOOD}, ["fc"])
+    assert [[cause.kind for cause in entry.causes] for entry in found] == [["rounding", "folding"], ["rounding"]]
+    (_, why) = found[0].causes
+    assert why.why == "the runtime keeps none of its codes: it turned them to float while loading"
+
+
+def test_a_float_layer_is_not_folded():
+    weightless = dataclasses.replace(GOOD, weight_bits=None, weight_only_db=None)
+    (found,) = explain([layer(kernel="Gemm")], {"fc": weightless}, ["fc"])
+    assert "folding" not in [cause.kind for cause in found.causes]
+
+
 def test_the_worst_in_the_network_and_the_worst_alone_are_looked_at():
     figures = {"a": (50.0, 30.0), "b": (10.0, 35.0), "c": (50.0, 31.0), "d": (50.0, 32.0), "float": (EXACT_DB, 33.0)}
     layers = [dataclasses.replace(layer(own=own, total=total), name=name) for name, (own, total) in figures.items()]
