@@ -44,7 +44,7 @@ class KernelLaunch:
 
 @dataclasses.dataclass(frozen=True)
 class GpuKernel:
-    """One kernel with everything fixed at compile time.
+    """One kernel with everything fixed at compile time; layers with the same `defines` share its PTX.
 
     `block_outputs` by `block_rows` of the output is what a block makes; for codebook_decode, which has no rows,
     outputs by columns of the weight. `most_rows` is what it was made for: None has no end.
@@ -52,6 +52,7 @@ class GpuKernel:
 
     entry: str
     source: str
+    columns: int
     defines: tuple[tuple[str, int], ...]
     inputs: tuple[str, ...]
     sizes: tuple[str, ...]
@@ -61,10 +62,10 @@ class GpuKernel:
     threads: int
     most_rows: int | None = None
 
-    def launch(self, rows: Size, out: int, columns: int, cdiv: Callable[[Size, int], object]) -> KernelLaunch:
+    def launch(self, rows: Size, out: int, cdiv: Callable[[Size, int], object]) -> KernelLaunch:
         """How to start it; `cdiv(rows, n)` is rows divided by n and rounded up, for whatever `rows` is."""
         decodes = "x" not in self.inputs
-        second = ceil_div(columns, self.block_rows) if decodes else cdiv(rows, self.block_rows)
+        second = ceil_div(self.columns, self.block_rows) if decodes else cdiv(rows, self.block_rows)
         return KernelLaunch((ceil_div(out, self.block_outputs), second, 1), self.threads)
 
     def code(self) -> str:
@@ -106,6 +107,7 @@ def int3_kernels(
         return GpuKernel(
             entry,
             "int3_hqq.cu",
+            columns,
             tuple(sorted({**common, **defines}.items())),
             inputs=inputs,
             sizes=("rows", "out", "columns"),
@@ -149,6 +151,7 @@ def codebook_kernels(
         "IN_GROUP": in_group,
         "OUT_GROUP": out_group,
         "GROUP_SCALES": int(group_scales),
+        "ALIGNED_CODES": int(columns // in_group * num_codebooks * (1 if codebook_bits <= 8 else 2) % 16 == 0),
         "BIAS": int(bias),
     }
     weight = ("codes", "codebooks", "scales")
@@ -160,6 +163,7 @@ def codebook_kernels(
         return GpuKernel(
             entry,
             "aq_codebook.cu",
+            columns,
             tuple(sorted({**common, **defines}.items())),
             inputs=weight if decodes else ("x", *weight, *_bias(bias)),
             sizes=("out", "columns") if decodes else ("rows", "out", "columns"),

@@ -19,7 +19,7 @@ _COMPILATION = 6  # NVRTC_ERROR_COMPILATION: the log says what is wrong
 def compile_ptx(source: str, name: str, defines: Mapping[str, int], arch: str = "sm_80") -> bytes:
     """PTX of CUDA C `source`, which includes nothing; `name` is what the compiler calls it in its messages.
 
-    Raises TargetError when NVRTC cannot be used here or does not know `arch`, InternalError with the compiler's log when
+    Raises TargetError when NVRTC cannot be used here or does not know `arch`, InternalError with the log when
     it refuses the source.
     """
     library = _library()

@@ -5,7 +5,8 @@
 //     codebooks [M, 2^BITS, OG, IG]         activations' type
 //     scales [out / OG, 1], or [out / OG, columns / IG] with GROUP_SCALES, activations' type
 //
-// Compile time: BF16, M = NUM_CODEBOOKS, BITS, OG = OUT_GROUP, IG = IN_GROUP, and, each 0 or 1, GROUP_SCALES, BIAS.
+// Compile time: BF16, M = NUM_CODEBOOKS, BITS, OG = OUT_GROUP, IG = IN_GROUP, and, each 0 or 1, GROUP_SCALES, BIAS
+// and ALIGNED_CODES (16 bytes divide the codes of an output group).
 // Parameters: inputs, sizes, output. A scale per output is applied to the finished sum.
 //
 // Where IN_GROUP divides by 4, four neighbouring weights of a row lie in one entry and are read at once.
@@ -118,11 +119,10 @@ struct LaneCodes {
     DEVICE_MEMBER void load(const Code *codes, int o, int entry, int entries) {
 #if VECTOR_CODES
         const Code *from = codes + ((long long)(o / OUT_GROUP) * entries + entry) * NUM_CODEBOOKS;
-        if (entries * STEP_BYTES % 16 == 0) {
-            uint4 v = entry < entries ? load_stream((const uint4 *)from) : make_uint4(0, 0, 0, 0);
-            words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
-            return;
-        }
+#if ALIGNED_CODES
+        uint4 v = load_stream((const uint4 *)from, entry < entries);
+        words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
+#else
 #pragma unroll
         for (int i = 0; i < 4; i++) words[i] = 0;
 #pragma unroll
@@ -130,11 +130,14 @@ struct LaneCodes {
             if (entry + i / NUM_CODEBOOKS < entries)
                 words[i * CODE_BYTES / 4] |= (u32)from[i] << i * CODE_BYTES % 4 * 8;
 #endif
+#endif
     }
 
     // Code of `book` at a step; codes of one step never straddle a word.
     DEVICE_MEMBER int code(int step, int book) const {
-        return words[step * STEP_BYTES / 4] >> (step * STEP_BYTES % 4 + book * CODE_BYTES) * 8 & ((1 << 8 * CODE_BYTES) - 1);
+        u32 word = words[step * STEP_BYTES / 4];
+        int index = step * STEP_BYTES % 4 + book * CODE_BYTES;
+        return CODE_BYTES == 1 ? byte_of(word, index) : word >> 8 * index & 0xffff;
     }
 };
 
@@ -147,13 +150,23 @@ DEVICE void fill_slots(u16 *shared, const u16 *codebooks) {
     BLOCK_BARRIER();
 }
 
+// Which codebook a lane takes as its term, and at which of a code's 128 bytes.
+struct Slot {
+    int book, offset;
+
+    DEVICE_MEMBER Slot(int term, int lane) {
+        int slot = lane % 16 / LANES;
+        book = (term + slot / COPIES) % NUM_CODEBOOKS;
+        offset = 2 * ((book * COPIES + slot % COPIES) * IN_GROUP + lane % LANES * 4);
+    }
+};
+
 // Term `term` of the lane's four weights of output o at a step.
 DEVICE uint2 weight_fragment(const LaneCodes &lane_codes, const Code *codes, const u16 *books, const u16 *scales,
                              int step, int term, int o, int column, int columns, int lane) {
 #if SLOTTED
-    int slot = lane % 16 / LANES, book = (term + slot / COPIES) % NUM_CODEBOOKS;
-    int code = lane_codes.code(step, book);
-    return *(const uint2 *)(books + (code * SLOTS + book * COPIES + slot % COPIES) * IN_GROUP + lane % LANES * 4);
+    Slot slot(term, lane);  // the same at every step: computed once
+    return *(const uint2 *)((const char *)books + lane_codes.code(step, slot.book) * 128 + slot.offset);
 #elif VECTOR_CODES && !GROUP_SCALES
     return entry_of(books, term, lane_codes.code(step, term), o, column);
 #else
@@ -170,13 +183,16 @@ DEVICE uint2 weight_fragment(const LaneCodes &lane_codes, const Code *codes, con
 #endif
 }
 
-DEVICE uint2 input_fragment(const u16 *row, bool exists, int column, int columns) {
-    if (!exists || column >= columns) return make_uint2(0, 0);
-    if (columns % 4 == 0) return *(const uint2 *)(row + column);
+// Four inputs of a row from a column on, zero outside.
+DEVICE uint2 input_fragment(const u16 *from, bool exists, int column, int columns) {
+#if QUADS
+    return load_cached((const uint2 *)from, exists && column < columns);
+#else
     u32 values[4];
 #pragma unroll
-    for (int c = 0; c < 4; c++) values[c] = column + c < columns ? row[column + c] : 0;
+    for (int c = 0; c < 4; c++) values[c] = exists && column + c < columns ? from[c] : 0;
     return make_uint2(values[0] | values[1] << 16, values[2] | values[3] << 16);
+#endif
 }
 
 KERNEL(32 * WARPS)
@@ -214,10 +230,14 @@ codebook_gemv(const u16 *x, const Code *codes, const u16 *codebooks, const u16 *
         for (int i = 0; i < 2; i++)
             if (round + WARPS < rounds)
                 next[i].load(codes, outputs[i], (round + WARPS) * ROUND_ENTRIES + lane_entry, entries);
+        int lane_column = round * 16 * STEPS + lane_entry * 4 * LANES + t % LANES * 4;
+        const u16 *from = x_row + lane_column;
 #pragma unroll
         for (int step = 0; step < STEPS; step++) {
-            int column = round * 16 * STEPS + (lane_entry + step) * 4 * LANES + t % LANES * 4;
-            uint2 b = input_fragment(x_row, row_exists, column, columns);
+            int column = lane_column + step * 4 * LANES;
+            // Aligned codes are all inside or all outside: the first column decides for every step.
+            int deciding = VECTOR_CODES && ALIGNED_CODES ? lane_column : column;
+            uint2 b = input_fragment(from + step * 4 * LANES, row_exists, deciding, columns);
 #pragma unroll
             for (int term = 0; term < TERMS; term++) {
                 uint2 a[2];

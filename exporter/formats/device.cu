@@ -46,20 +46,37 @@ DEVICE u32 pack(float low, float high) {
     return result;
 }
 
-// Weights pass once: they must not push the activations out of the first-level cache.
-DEVICE uint4 load_stream(const uint4 *address) {
+// Loads under a predicate, zero where it is false: no branch, so that many of them are on their way at once.
+// A stream passes once and must not push the activations out of the first-level cache.
+DEVICE uint4 load_stream(const uint4 *address, bool inside) {
     uint4 v;
-    asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-        : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-        : "l"(address));
+    asm("{ .reg .pred p; setp.ne.u32 p, %5, 0; mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; mov.u32 %3, 0;\n\t"
+        "@p ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4]; }"
+        : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
+        : "l"(address), "r"((u32)inside));
     return v;
 }
 
-DEVICE uint2 load_stream(const uint2 *address) {
+DEVICE uint2 load_stream(const uint2 *address, bool inside) {
     uint2 v;
-    asm("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(address));
+    asm("{ .reg .pred p; setp.ne.u32 p, %3, 0; mov.u32 %0, 0; mov.u32 %1, 0;\n\t"
+        "@p ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2]; }"
+        : "=&r"(v.x), "=&r"(v.y)
+        : "l"(address), "r"((u32)inside));
     return v;
 }
+
+DEVICE uint2 load_cached(const uint2 *address, bool inside) {
+    uint2 v;
+    asm("{ .reg .pred p; setp.ne.u32 p, %3, 0; mov.u32 %0, 0; mov.u32 %1, 0;\n\t"
+        "@p ld.global.nc.v2.u32 {%0, %1}, [%2]; }"
+        : "=&r"(v.x), "=&r"(v.y)
+        : "l"(address), "r"((u32)inside));
+    return v;
+}
+
+// Byte `index` of a word, in one instruction also where the index is known late.
+DEVICE u32 byte_of(u32 word, int index) { return __byte_perm(word, 0, 0x4440 + index); }
 
 DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 

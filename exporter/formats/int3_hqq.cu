@@ -103,7 +103,7 @@ DEVICE void load_words(u32 (&words)[LANE_COLUMNS], const u32 *row, const Span &s
     for (int i = 0; i < LOADS; i++) {
         bool inside = span.columns[i] < span.end;
 #if VECTOR == 4
-        uint4 v = inside ? load_stream((const uint4 *)(row + span.columns[i])) : make_uint4(0, 0, 0, 0);
+        uint4 v = load_stream((const uint4 *)(row + span.columns[i]), inside);
         words[4 * i] = v.x, words[4 * i + 1] = v.y, words[4 * i + 2] = v.z, words[4 * i + 3] = v.w;
 #else
         words[i] = inside ? row[span.columns[i]] : 0;
@@ -117,13 +117,35 @@ DEVICE void load_inputs(float (&inputs)[LANE_COLUMNS], const u16 *row, bool exis
     for (int i = 0; i < LOADS; i++) {
         bool inside = exists && span.columns[i] < span.end;
 #if VECTOR == 4
-        uint2 v = inside ? *(const uint2 *)(row + span.columns[i]) : make_uint2(0, 0);
+        uint2 v = load_cached((const uint2 *)(row + span.columns[i]), inside);
         u16 values[4] = {(u16)v.x, (u16)(v.x >> 16), (u16)v.y, (u16)(v.y >> 16)};
 #else
         u16 values[1] = {inside ? row[span.columns[i]] : (u16)0};
 #endif
 #pragma unroll
         for (int c = 0; c < VECTOR; c++) inputs[i * VECTOR + c] = to_float(values[c]) * 0x1p64f;
+    }
+}
+
+// Adds a lane's part of one field to its sums. For a few rows codes are multiplied as they are, and a dot product is
+// scaled: ROWS FMAs a code and 2 ROWS a group. From 4 rows on it is less to scale each code first: 1 + ROWS a code.
+DEVICE void add_products(float *sums, float (&codes)[LANE_COLUMNS], const float (&inputs)[ROWS][LANE_COLUMNS],
+                         float2 pair) {
+#if ROWS >= 4
+#pragma unroll
+    for (int c = 0; c < LANE_COLUMNS; c++) codes[c] = fmaf(codes[c], pair.x, pair.y);
+#endif
+#pragma unroll
+    for (int m = 0; m < ROWS; m++) {
+#if ROWS >= 4
+#pragma unroll
+        for (int c = 0; c < LANE_COLUMNS; c++) sums[m] = fmaf(codes[c], inputs[m][c], sums[m]);
+#else
+        float dot = 0.0f, input_sum = 0.0f;
+#pragma unroll
+        for (int c = 0; c < LANE_COLUMNS; c++) dot = fmaf(codes[c], inputs[m][c], dot), input_sum += inputs[m][c];
+        sums[m] = fmaf(pair.x, dot, fmaf(pair.y, input_sum, sums[m]));
+#endif
     }
 }
 
@@ -182,14 +204,10 @@ int3_gemv(const u16 *x, const u32 *packed, SCALE_PARAMETERS, ZERO_PARAMETERS, BI
             u32 next[LANE_COLUMNS] = {};
             if (index + 4 * WARPS < last_span)
                 load_words(next, words_row, Span(index + 4 * WARPS, lane % 8, columns));
-            float inputs[ROWS][LANE_COLUMNS], input_sums[ROWS];
+            float inputs[ROWS][LANE_COLUMNS];
 #pragma unroll
-            for (int m = 0; m < ROWS; m++) {
+            for (int m = 0; m < ROWS; m++)
                 load_inputs(inputs[m], x + (long long)(first_row + m) * columns, first_row + m < rows, span);
-                input_sums[m] = 0.0f;
-#pragma unroll
-                for (int c = 0; c < LANE_COLUMNS; c++) input_sums[m] += inputs[m][c];
-            }
             const float2 *pairs = staged + (span.group - first_group) * FIELDS;
 #pragma unroll
             for (int k = 0; k < FIELDS; k++) {
@@ -197,15 +215,7 @@ int3_gemv(const u16 *x, const u32 *packed, SCALE_PARAMETERS, ZERO_PARAMETERS, BI
 #pragma unroll
                 for (int c = 0; c < LANE_COLUMNS; c++)
                     codes[c] = as_float((k < 5 ? words[c] >> 15 : words[c]) & (7u << (12 - k % 5 * 3)));
-                float2 pair = pairs[k];
-#pragma unroll
-                for (int m = 0; m < ROWS; m++) {
-                    float dot = 0.0f;
-#pragma unroll
-                    for (int c = 0; c < LANE_COLUMNS; c++) dot = fmaf(codes[c], inputs[m][c], dot);
-                    float &sum = sums[k * ROWS + m];
-                    sum = fmaf(pair.x, dot, fmaf(pair.y, input_sums[m], sum));
-                }
+                add_products(sums + k * ROWS, codes, inputs, pairs[k]);
             }
 #pragma unroll
             for (int c = 0; c < LANE_COLUMNS; c++) words[c] = next[c];
@@ -262,13 +272,13 @@ struct Int3Weights {
             int word_row = first_word_row + (threadIdx.x + item * TILE_THREADS) / 32;
             int column = first_column + threadIdx.x % 32 * 2;
             const u32 *from = packed + (long long)word_row * columns + column;
-            words[item][0] = words[item][1] = 0;
-            if (word_row < step && columns % 2 == 0 && column < columns) {
-                uint2 v = load_stream((const uint2 *)from);
+            bool inside = word_row < step && column < columns;
+            if (columns % 2 == 0) {
+                uint2 v = load_stream((const uint2 *)from, inside);
                 words[item][0] = v.x, words[item][1] = v.y;
-            } else if (word_row < step && column < columns) {
-                words[item][0] = from[0];
-                if (column + 1 < columns) words[item][1] = from[1];
+            } else {
+                words[item][0] = inside ? from[0] : 0;
+                words[item][1] = inside && column + 1 < columns ? from[1] : 0;
             }
 #pragma unroll
             for (int i = 0; i < LANE_PAIRS; i++) {
@@ -298,21 +308,24 @@ struct Int3Weights {
 #pragma unroll
         for (int item = 0; item < ITEMS; item++) {
             int row = (threadIdx.x + item * TILE_THREADS) / 32, column = threadIdx.x % 32 * 2;
-            const float2 *pairs[2];
+            const float4 *pairs[2];  // two fields each
 #pragma unroll
-            for (int c = 0; c < 2; c++)
-                pairs[c] = staged[row] + ((first_column + column + c) / GROUP - first_column / GROUP) * FIELDS;
+            for (int c = 0; c < 2; c++) {
+                int group = (first_column + column + c) / GROUP - first_column / GROUP;
+                pairs[c] = (const float4 *)(staged[row] + group * FIELDS);
+            }
+            u16 *to = tile + tile_offset<OUTPUTS>(row, column);
 #pragma unroll
             for (int k = 0; k < FIELDS; k++) {
                 float values[2];
 #pragma unroll
                 for (int c = 0; c < 2; c++) {
                     u32 bits = (k < 5 ? words[item][c] >> 15 : words[item][c]) & (7u << (12 - k % 5 * 3));
-                    float code = as_float(bits | 0x4b000000u) - 0x1p23f;  // q 2^p, exact: the bits count units of 2^23
-                    float2 pair = pairs[GROUP % 2 == 0 ? 0 : c][k];
-                    values[c] = fmaf(code, pair.x, pair.y);
+                    float code = as_float(bits | 0x4b000000u) - 0x1p23f;  // q 2^p, exact: the number was 2^23 + q 2^p
+                    float4 two = pairs[GROUP % 2 == 0 ? 0 : c][k / 2];
+                    values[c] = fmaf(code, k % 2 ? two.z : two.x, k % 2 ? two.w : two.y);
                 }
-                *(u32 *)(tile + tile_offset<OUTPUTS>(8 * k + row, column)) = pack(values[0], values[1]);
+                *(u32 *)(to + 8 * k * 32) = pack(values[0], values[1]);
             }
         }
     }

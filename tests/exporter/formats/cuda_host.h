@@ -18,6 +18,7 @@ typedef unsigned short u16;
 typedef unsigned int u32;
 struct Index { int x, y, z; };
 struct float2 { float x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
 struct uint2 { u32 x, y; };
 struct alignas(16) uint4 { u32 x, y, z, w; };
 inline float2 make_float2(float x, float y) { return {x, y}; }
@@ -152,8 +153,11 @@ DEVICE u16 from_float(float value) { return host::half_bits(value); }
 #endif
 
 DEVICE u32 pack(float low, float high) { return from_float(low) | (u32)from_float(high) << 16; }
-DEVICE uint4 load_stream(const uint4 *address) { return *address; }
-DEVICE uint2 load_stream(const uint2 *address) { return *address; }
+DEVICE uint4 load_stream(const uint4 *address, bool inside) { return inside ? *address : uint4{}; }
+DEVICE uint2 load_stream(const uint2 *address, bool inside) { return inside ? *address : uint2{}; }
+DEVICE uint2 load_cached(const uint2 *address, bool inside) { return inside ? *address : uint2{}; }
+
+DEVICE u32 byte_of(u32 word, int index) { return word >> 8 * index & 255; }
 
 DEVICE float shuffle_xor(float value, int mask) {
     host::lanes[threadIdx.x].value = value;

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from exporter.gpu_kernels import SOURCES, GpuKernel
+from exporter.gpu_kernels import SOURCES, GpuKernel, ceil_div
 
 Array = NDArray[np.generic]
 HEADER = Path(__file__).with_name("cuda_host.h")
@@ -20,16 +20,23 @@ FLAGS = ("-std=c++20", "-O1", "-shared", "-fPIC", "-U_FORTIFY_SOURCE", "-Wall", 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ compiles the kernels for the CPU")
 
 
-@functools.cache
-def build(kernels: tuple[GpuKernel, ...]) -> ctypes.CDLL:
+def build(kernels: Sequence[GpuKernel]) -> ctypes.CDLL:
     """A library with all of `kernels`, which are of one source and agree in what they define."""
     defines: dict[str, int] = {}
     for kernel in kernels:
         assert all(defines.get(name, value) == value for name, value in kernel.defines)
-        defines.update({**dict(kernel.defines), kernel.entry.upper(): 1})
-    lines = [*(f"#define {name} {value}" for name, value in defines.items()), f'#include "{HEADER}"']
-    lines += [f'#include "{SOURCES / name}"' for name in ("mma_tile.cu", kernels[0].source)]
-    lines += [f"HOST_ENTRY({kernel.entry})" for kernel in kernels]
+        defines.update(kernel.defines)
+    return _compiled(kernels[0].source, tuple(kernel.entry for kernel in kernels), tuple(sorted(defines.items())))
+
+
+@functools.cache
+def _compiled(source_name: str, entries: tuple[str, ...], defines: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
+    lines = [
+        *(f"#define {name} {value}" for name, value in defines),
+        *(f"#define {entry.upper()}" for entry in entries),
+    ]
+    lines += [f'#include "{path}"' for path in (HEADER, SOURCES / "mma_tile.cu", SOURCES / source_name)]
+    lines += [f"HOST_ENTRY({entry})" for entry in entries]
     folder = Path(tempfile.mkdtemp())
     try:
         source, library = folder / "kernels.cpp", folder / "kernels.so"
@@ -47,7 +54,7 @@ def run(
     """Launches a kernel of the library as the driver would; `output` is written and returned."""
     pointers = [arrays[name].ctypes.data for name in kernel.inputs]
     scalars = [sizes[name] for name in kernel.sizes]
-    launch = kernel.launch(sizes.get("rows", 0), sizes["out"], sizes["columns"], lambda a, b: -(-a // b))
+    launch = kernel.launch(sizes["rows"], sizes["out"], ceil_div)
     values: Sequence[ctypes._SimpleCData] = [
         *(ctypes.c_void_p(pointer) for pointer in pointers),
         *(ctypes.c_int(scalar) for scalar in scalars),
