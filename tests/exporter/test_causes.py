@@ -1,12 +1,18 @@
 """Each rule fires on its figures and not beside them, the likeliest cause comes first."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor, nn
 
 from exporter.causes import explain, likely_causes, worth_a_look
+from exporter.compile import compile_model
 from exporter.metrics import EXACT_DB
+from exporter.recipe import Recipe
 from exporter.report import Evidence, LayerDiff, LayerSqnr
+from tests.passes.nets import seeded
 
 GOOD = Evidence(
     weight_bits=8,
@@ -130,3 +136,31 @@ def test_the_worst_in_the_network_and_the_worst_alone_are_looked_at():
 def test_a_fault_of_the_file_is_worth_a_look():
     broken = dataclasses.replace(layer(), name="broken", output_sqnr_db=LayerSqnr(44.0, 43.0, 5.0, 5.0))
     assert worth_a_look([layer(own=40.0, total=40.0), broken], limit=1) == ("broken",)
+
+
+class Net(nn.Module):
+    """A convolution with an activation, and a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(1, 8, 3), nn.Linear(128, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, 1, 6, 6] -> [N, 4]."""
+        return self.fc(torch.relu(self.conv(x)).flatten(1))
+
+
+@pytest.mark.ort
+def test_a_compilation_names_causes(tmp_path: Path) -> None:
+    """onnxruntime has no convolution that takes integer weights and float values: it folds them."""
+    x = torch.randn(16, 1, 6, 6, generator=torch.Generator().manual_seed(0))
+    kinds = {}
+    for passes in ("rtn:bits=4", "act-quant,rtn:bits=4"):
+        recipe = Recipe(passes=passes, layers=[{"match": "fc", "bits": 8}], force=True)
+        report = compile_model(seeded(Net), {"x": x}, recipe, out=tmp_path / "out")
+        kinds[passes] = {entry.name: {cause.kind for cause in entry.causes} for entry in report.layers}
+        assert set(report.histograms) == {"conv", "fc"}
+    assert {"coarse bits", "folding"} <= kinds["rtn:bits=4"]["conv"]
+    assert "coarse bits" in kinds["act-quant,rtn:bits=4"]["conv"]
+    assert "inherited" in kinds["act-quant,rtn:bits=4"]["fc"]
+    assert "folding" not in set().union(*kinds["act-quant,rtn:bits=4"].values())
