@@ -60,6 +60,7 @@ def render(report: Report, timings: Mapping[str, Any]) -> str:
         comparisons=_comparisons(report),
         metrics=_metrics(report),
         sizes=_sizes(report),
+        latency=_latency(timings),
         layers=[_row(index, layer) for index, layer in enumerate(report.layers)],
         kinds=sorted({cause.kind for layer in report.layers for cause in layer.causes}),
         kernels=kernels(report.layers),
@@ -125,6 +126,18 @@ def _sizes(report: Report) -> list[tuple[str, str, str]]:
     return [
         (name, size(written), percent(written / whole) if whole else NONE)
         for name, written in sorted(report.sizes.files.items())
+    ]
+
+
+def _latency(timings: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    return [
+        (
+            str(timing["batch"]),
+            f"{1000 * timing['float_s']:.3f}",
+            f"{1000 * timing['quantized_s']:.3f}",
+            f"{timing['float_s'] / timing['quantized_s']:.2f}",
+        )
+        for timing in timings.get("latency", {}).get("timings", [])
     ]
 
 

@@ -111,7 +111,9 @@ def _gates(report: Report) -> Table:
     table.columns[-1].no_wrap, table.columns[-1].overflow = False, "fold"
     for gate in report.gates:
         state = gate_state(gate)
-        _add(table, shorten(gate.expr, 34), metric(gate.value), Text(state, style=STYLES[state]), shorten(gate.where, 60))
+        _add(
+            table, shorten(gate.expr, 34), metric(gate.value), Text(state, style=STYLES[state]), shorten(gate.where, 60)
+        )
     return table
 
 

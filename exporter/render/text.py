@@ -104,13 +104,13 @@ def _size(report: Report) -> Number:
 
 def _speed(timings: Mapping[str, Any]) -> Number:
     latency = timings.get("latency", {})
-    for timing in latency.get("timings", []):
-        before, after = timing["float_s"], timing["quantized_s"]
-        samples = plural(timing["batch"], "sample")
-        threads = plural(latency["threads"], "thread") if latency["threads"] else "all threads"
-        note = f"{samples}: {1000 * after:.3g} ms instead of {1000 * before:.3g} ms, {threads}"
-        return Number(f"{before / after:.2f}x", "as fast as float", note)
-    return Number(NONE, "speed against float", "not measured: run qexport bench on the output folder")
+    ratios = sorted(timing["float_s"] / timing["quantized_s"] for timing in latency.get("timings", []))
+    if not ratios:
+        return Number(NONE, "speed against float", "not measured: run qexport bench on the output folder")
+    ends = dict.fromkeys(f"{ratio:.2f}x" for ratio in (ratios[0], ratios[-1]))
+    batches = " and ".join(str(timing["batch"]) for timing in latency["timings"])
+    threads = plural(latency["threads"], "thread") if latency["threads"] else "onnxruntime's own number of threads"
+    return Number(" to ".join(ends), "as fast as float", f"{batches} samples at once, {threads}")
 
 
 def command(report: Report) -> str:

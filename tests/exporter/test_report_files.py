@@ -40,7 +40,7 @@ def test_latency_is_added_to_timings_and_page(tmp_path: Path) -> None:
     add_latency(tmp_path, LATENCY)
     assert json.loads((tmp_path / "timings.json").read_text()) == {"seconds": {"capture": 1.0}, "latency": LATENCY}
     page = (tmp_path / "report.html").read_text()
-    assert "2.50x" in page
+    assert "2.00x to 2.50x" in page
     assert "capture" in page
     for name in ("report.json", "report.md", "junit.xml"):
         assert (tmp_path / name).read_bytes() == before[name]

@@ -111,8 +111,18 @@ def test_speed_and_seconds_come_from_the_timings():
     without = Page(render(SMALL, {})).words
     page = Page(render(SMALL, {"latency": LATENCY, "seconds": {"lower to onnx": 1.25}})).words
     assert "not measured: run qexport bench on the output folder" in without
-    assert "2.50x" in page
-    assert "1 sample: 1.2 ms instead of 3 ms, 1 thread" in page
+    assert "2.00x to 2.50x" in page
+    assert "1 and 32 samples at once, 1 thread" in page
+    assert page[page.index("times as fast") + 1 :][:8] == [
+        "1",
+        "3.000",
+        "1.200",
+        "2.50",
+        "32",
+        "8.000",
+        "4.000",
+        "2.00",
+    ]
     assert page[page.index("lower to onnx") + 1] == "1.25"
 
 
