@@ -10,6 +10,7 @@ from passes.cle import CrossLayerEqualization
 from passes.fold_bn import FoldBatchNorm
 from passes.gptaq import GPTAQ
 from passes.gptq import GPTQ
+from passes.hqq import HQQ
 from passes.rtn import RTN
 from passes.smooth import Smooth
 
@@ -24,6 +25,7 @@ PASSES: Mapping[str, type[Pass]] = {
         RTN,
         GPTQ,
         GPTAQ,
+        HQQ,
         BiasCorrection,
     )
 }
