@@ -74,6 +74,7 @@ def cli() -> None:
 @click.option("--eval", metavar="pkg.mod:function", help="Called with predict(inputs); returns {metric: number}.")
 @click.option("--gate", "gates", multiple=True, metavar="EXPR", help="What to reach: sqnr_db>=20; may be repeated.")
 @click.option("--sensitivity", is_flag=True, help="Rank the layers: each quantized alone, and all but it.")
+@click.option("--budget", metavar="TERMS", help="Choose each layer's bits: size<=0.3,metric.accuracy.drop<=0.005.")
 @click.option("--skip", multiple=True, metavar="GLOB", help="Layers to leave in float; may be repeated.")
 @click.option("--recipe", type=click.Path(path_type=Path), metavar="FILE", help="These options, as TOML.")
 @click.option("--provider", metavar="cpu|cuda|tensorrt", help="Where onnxruntime runs. [default: cpu]")

@@ -63,6 +63,7 @@ class Recipe:
     eval: str | None = None
     gates: tuple[str, ...] = ()
     sensitivity: bool = False
+    budget: str | None = None
     skip: tuple[str, ...] = ()
     layers: tuple[LayerRule, ...] = ()
     out: Path = Path("out")

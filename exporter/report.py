@@ -14,6 +14,7 @@
     gates      [{expr, value, passed, measured, where}]
     sensitivity [{name, alone_sqnr_db, without_sqnr_db, gain_db, metrics: {name: {alone, without}}}]
                 with --sensitivity, the most sensitive layer first; see `exporter.sensitivity`
+    budget     {terms, met, layers: [{name, chosen, bytes: {option: number}, alone_sqnr_db: {option: number}}]} or null
     sample_sums {outputs: {runtime: {output: sums}}, layers: {layer: sums}}
                 sums: {signal: [number], noise: [number], agreement: [number] or null}, an entry for each held-out
                 sample, or block of neighbours; see `exporter.sample_sums`
@@ -190,6 +191,25 @@ class LayerSensitivity:
 
 
 @dataclasses.dataclass(frozen=True)
+class BudgetLayer:
+    """What --budget chose for a layer: `float` or a width; and of each option bytes and SQNR of the output alone."""
+
+    name: str
+    chosen: str
+    bytes: Mapping[str, int]
+    alone_sqnr_db: Mapping[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """The terms of --budget, whether a choice was found that meets them, and the choice; see `exporter.budget`."""
+
+    terms: str
+    met: bool
+    layers: tuple[BudgetLayer, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class GateResult:
     """A gate's verdict: the figure that came closest to failing, and where (runtime, output) it was found."""
 
@@ -218,6 +238,7 @@ class Report:
     gates: tuple[GateResult, ...] = ()
     sample_sums: AllSums = AllSums()
     sensitivity: tuple[LayerSensitivity, ...] = ()
+    budget: Budget | None = None
     histograms: Mapping[str, Mapping[str, Histogram]] = dataclasses.field(default_factory=dict)
 
     @property
@@ -254,6 +275,7 @@ class Report:
                     "gates": tuple(GateResult(**entry) for entry in data["gates"]),
                     "sample_sums": _all_sums(data.get("sample_sums", {})),
                     "sensitivity": tuple(LayerSensitivity(**entry) for entry in data.get("sensitivity", [])),
+                    "budget": _budget(data.get("budget")),
                     "histograms": _histograms(data.get("histograms", {})),
                 }
             )
@@ -286,6 +308,10 @@ def _histogram(entry: dict[str, Any]) -> Histogram:
 
 def _figures(runs: dict[str, dict[str, Any]]) -> dict[str, dict[str, OutputDiff]]:
     return {run: {name: OutputDiff(**entry) for name, entry in outputs.items()} for run, outputs in runs.items()}
+
+
+def _budget(entry: dict[str, Any] | None) -> Budget | None:
+    return None if entry is None else Budget(**entry | {"layers": tuple(BudgetLayer(**row) for row in entry["layers"])})
 
 
 def _all_sums(entry: dict[str, Any]) -> AllSums:

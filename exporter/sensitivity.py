@@ -43,7 +43,11 @@ def measure_sensitivity(
     alone = {name: noise_alone(program, layer, twins[name]) for name, layer in layers.items()}
     without = {name: (layer.node, _in_float(twin, twins[name], layer)) for name, layer in layers.items()}
     batches = [small for batch in program.calibration.holdout for small in cut(batch, LAYER_BATCH)]
-    network, of_alone, of_without = _Worst(), {name: _Worst() for name in layers}, {name: _Worst() for name in layers}
+    network, of_alone, of_without = (
+        WorstOutput(),
+        {name: WorstOutput() for name in layers},
+        {name: WorstOutput() for name in layers},
+    )
     for done, batch in enumerate(batches):
         progress("sensitivity", done, len(batches))
         floats, reference = run_all(twin, batch)
@@ -142,16 +146,18 @@ class _Replacing(fx.Interpreter):
         return super().run_node(n) if compute is None else compute(self.env)
 
 
-class _Worst:
+class WorstOutput:
     """The SQNR of the worst output over batches."""
 
     def __init__(self) -> None:
         self._outputs: list[Comparison] = []
 
     def add(self, reference: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        """Take in the outputs of a batch."""
         self._outputs = self._outputs or [Comparison(ranks=False) for _ in reference]
         for comparison, one, other in zip(self._outputs, reference, outputs, strict=True):
             comparison.add(one.numpy(), other.numpy())
 
     def sqnr_db(self) -> float:
+        """In dB, over all batches so far."""
         return min(comparison.figures().sqnr_db for comparison in self._outputs)
