@@ -4,8 +4,10 @@ from collections.abc import Mapping
 
 from passes.absorb_bias import AbsorbBias
 from passes.act_quant import ActQuant
+from passes.aq import AQ
 from passes.base import Pass
 from passes.bias_correct import BiasCorrection
+from passes.centre import Centre
 from passes.cle import CrossLayerEqualization
 from passes.fold_bn import FoldBatchNorm
 from passes.gptaq import GPTAQ
@@ -21,10 +23,12 @@ PASSES: Mapping[str, type[Pass]] = {
         CrossLayerEqualization,
         Smooth,
         AbsorbBias,
+        Centre,
         ActQuant,
         RTN,
         GPTQ,
         GPTAQ,
+        AQ,
         HQQ,
         BiasCorrection,
     )

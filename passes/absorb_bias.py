@@ -7,7 +7,7 @@ Where channel i stays above c_i >= 0, relu is the identity and relu(z) = relu(z 
 where P is what lies between the layers (pooling, padding, reshapes) and c stands for an image that is c_i all over
 channel i. The range of the activation shrinks by c; the function changes only where z < c, which is rare for
 
-    c_i = max(0, beta_i - 3 |gamma_i|)       with the statistics of a folded batch norm, rescaled with its channel,
+    c_i = max(0, beta_i - k |gamma_i|)       with the statistics of a folded batch norm, rescaled with its channel,
     c_i = max(0, a low quantile of z_i)      over calibration data, where there are none, or where it is lower.
 
 A cap moves with its channel: min(relu(z), d) - c = min(relu(z - c), d - c) for c <= d.
@@ -73,7 +73,8 @@ EXACT = 1e-9
 class AbsorbBias(Pass):
     """Move high biases of ReLU channels into the next layer; reports how far the float output moves.
 
-    sigmas    standard deviations of the channel left below its mean, where batch-norm statistics are known
+    sigmas    standard deviations of the channel left below its mean, where batch-norm statistics are known; the paper
+              leaves 3, which cuts off more than the finer steps are worth
     quantile  part of the calibration data that may fall below c; 1 trusts the statistics alone, as the paper does
     border    gain: an image is added only where calibration says that it pays (see _paying); always: where it can be
     """
@@ -84,7 +85,7 @@ class AbsorbBias(Pass):
     prerequisites: ClassVar[tuple[str, ...]] = ("fold-bn",)
     quantizes: ClassVar[bool] = False
 
-    sigmas: float = 3.0
+    sigmas: float = 4.0
     quantile: float = 0.001
     border: Literal["gain", "always"] = "gain"
 
@@ -141,7 +142,7 @@ class AbsorbBias(Pass):
             low = samples.kthvalue(rank, 1).values.double()
             statistics = program.channel_stats.get(layer.name)
             if statistics is not None:
-                # Channels are not Gaussian: a tail on the data that is longer than 3 |gamma| would shift the output.
+                # Channels are not Gaussian: a tail on the data that is longer than k |gamma| would shift the output.
                 low = torch.minimum(low, statistics.mean.double() - self.sigmas * statistics.std.double())
             lows[layer.name] = low
         return lows

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from passes.base import ChannelStatistics, Pass, PassError, PassResult, Program, Skip
 from passes.calibration import Stream
-from passes.cle import inputs_per_group, per_kernel
+from passes.channels import inputs_per_group, per_kernel
 from passes.equalize_pairs import (
     ADAPTIVE_POOLS,
     AVERAGE_POOLS,

@@ -27,10 +27,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from passes.base import ChannelStatistics, Pass, PassError, PassResult, Program, Skip
+from passes.base import Pass, PassError, PassResult, Program, Skip
 from passes.calibration import watch_values
+from passes.channels import kernels_of, per_kernel, rescale
 from passes.equalize_pairs import Pair, channel_axis, find_pairs, observe_shapes, set_cap
-from passes.graph import Layer, aten, bias_of, set_bias, set_weight, weight_of
+from passes.graph import Layer, aten
 
 DEAD = 2.0**-20
 """A channel whose range is below this part of its layer's largest is dead: no code of 8 bits would ever tell it from 0,
@@ -63,14 +64,14 @@ class CrossLayerEqualization(Pass):
 
     iterations: int = 40
     tolerance: float = 1e-3
-    activations: float = 0.4
+    activations: float = 0.5
     replace_relu6: bool = False
 
     def requires(self, program: Program) -> None:
         """One batch must be there to know the shapes by, and the share must be one."""
         if not 0 <= self.activations <= 1:
             raise PassError(
-                f"cle: activations={self.activations} is not between 0 and 1", fix="use cle:activations=0.4"
+                f"cle: activations={self.activations} is not between 0 and 1", fix="use cle:activations=0.5"
             )
         if not program.calibration.batches:
             raise PassError("cle needs calibration data", fix="give --calib")
@@ -126,9 +127,8 @@ class _Ranges:
     """Largest magnitude [out, in / groups] of each kernel of a layer: all that the iteration needs of its weight."""
 
     def __init__(self, graph: fx.GraphModule, layer: Layer) -> None:
-        matrix = layer.to_matrix(weight_of(graph, layer)).double()
         self.groups = layer.groups
-        self.kernels = matrix.unflatten(1, (inputs_per_group(graph, layer), -1)).abs().amax(2)
+        self.kernels = kernels_of(graph, layer).abs().amax(2)
 
     def outputs(self) -> Tensor:
         """[out]"""
@@ -145,19 +145,6 @@ class _Ranges:
 
     def scale_inputs(self, factor: Tensor) -> None:
         self.kernels = self.kernels * per_kernel(factor, self.groups, len(self.kernels))
-
-
-def inputs_per_group(graph: fx.GraphModule, layer: Layer) -> int:
-    """How many input channels an output channel of the layer sees."""
-    weight = weight_of(graph, layer)
-    if layer.kind == "conv_transpose":
-        return weight.shape[0] // layer.groups
-    return layer.to_matrix(weight).shape[1] if layer.kind == "linear" else weight.shape[1]
-
-
-def per_kernel(inputs: Tensor, groups: int, outputs: int) -> Tensor:
-    """What each kernel [out, in / groups] of a grouped layer sees of a value per input channel [in]."""
-    return inputs.view(groups, -1).repeat_interleave(outputs // groups, 0)
 
 
 def _pair_ranges(pair: Pair, ranges: Mapping[fx.Node, _Ranges]) -> tuple[Tensor, Tensor]:
@@ -213,30 +200,11 @@ def _write(program: Program, pairs: list[Pair], scales: list[Tensor]) -> None:
     outputs = {pair.first.node: scale for pair, scale in zip(pairs, scales, strict=True)}
     inputs = {pair.second.node: scale[pair.channel] for pair, scale in zip(pairs, scales, strict=True)}
     for node, layer in layers.items():
-        _rescale(program, layer, outputs.get(node), inputs.get(node))
+        rescale(program, layer, outputs.get(node), inputs.get(node))
     for pair, scale in zip(pairs, scales, strict=True):
         if bool((scale != 1).any()):
             for cap in pair.caps:
                 set_cap(program.graph, pair.first, cap, cap.limit / scale[cap.channel])
-
-
-def _rescale(program: Program, layer: Layer, outputs: Tensor | None, inputs: Tensor | None) -> None:
-    """W[o, i] *= inputs[i] / outputs[o], b[o] /= outputs[o]; the statistics follow."""
-    graph = program.graph
-    weight, bias = weight_of(graph, layer), bias_of(graph, layer)
-    matrix = layer.to_matrix(weight).double()
-    if inputs is not None:
-        kernels = matrix.unflatten(1, (inputs_per_group(graph, layer), -1))  # [out, in / groups, taps]
-        matrix = (kernels * per_kernel(inputs, layer.groups, len(matrix))[:, :, None]).flatten(1)
-    if outputs is not None:
-        matrix = matrix / outputs[:, None]
-        if bias is not None:
-            set_bias(graph, layer, (bias.double() / outputs).to(bias.dtype))
-        statistics = program.channel_stats.get(layer.name)
-        if statistics is not None:
-            mean, std = statistics.mean / outputs, statistics.std / outputs
-            program.channel_stats[layer.name] = ChannelStatistics(mean.float(), std.float())
-    set_weight(graph, layer, layer.from_matrix(matrix.to(weight.dtype), weight.shape))
 
 
 def _drop_unreached_caps(program: Program, pairs: list[Pair]) -> tuple[set[fx.Node], list[Skip]]:

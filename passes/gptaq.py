@@ -51,7 +51,7 @@ class GPTAQ(GPTQ):
     activations: Activations = "static"
     asymmetric: bool = True
     alpha: float = 1.0
-    ridge: float = 0.1
+    ridge: float = 0.3
     eig: bool = False
 
     name: ClassVar[str] = "gptaq"
@@ -67,7 +67,7 @@ class GPTAQ(GPTQ):
         if not 0 <= self.alpha <= 1:
             raise PassError(f"{self.name}: alpha={self.alpha} is not between 0 and 1", fix="use alpha=1")
         if self.ridge < 0:
-            raise PassError(f"{self.name}: ridge={self.ridge} is negative", fix="use ridge=0.1")
+            raise PassError(f"{self.name}: ridge={self.ridge} is negative", fix="use ridge=0.3")
 
     def requires(self, program: Program) -> None:
         """What act-quant and gptq require."""

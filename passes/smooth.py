@@ -26,19 +26,17 @@ import torch
 from torch import Tensor, fx
 
 from passes.affine_grid import fit_grid
-from passes.base import ChannelStatistics, Pass, PassError, PassResult, Program, Skip
+from passes.base import Pass, PassError, PassResult, Program, Skip
 from passes.calibration import Batch, Stream
+from passes.channels import rescale
 from passes.equalize_pairs import observe_shapes
 from passes.graph import (
     Layer,
     add_tensor,
     aten,
-    bias_of,
     call_before,
     get_tensor,
     set_argument,
-    set_bias,
-    set_weight,
     weight_of,
 )
 from passes.ops import fake_quantize
@@ -305,7 +303,7 @@ def _write(program: Program, scales: Sequence[tuple[Group, Tensor]]) -> None:
         else:
             rows[group.source] = scale.double()
     for layer in {**rows, **columns}:
-        _scale_layer(program, layer, rows.get(layer), columns.get(layer))
+        rescale(program, layer, rows.get(layer), columns.get(layer))
 
 
 def _scale_norm(program: Program, norm: Norm, scale: Tensor) -> None:
@@ -327,24 +325,6 @@ def _restore(program: Program, group: Group, value: fx.Node, scale: Tensor) -> N
     product.meta["val"] = value.meta["val"]
     for reader in group.restored:
         reader.replace_input_with(value, product)
-
-
-def _scale_layer(program: Program, layer: Layer, rows: Tensor | None, columns: Tensor | None) -> None:
-    """W[o, i] *= columns[i] / rows[o], b[o] /= rows[o]; the statistics follow."""
-    graph = program.graph
-    weight, bias = weight_of(graph, layer), bias_of(graph, layer)
-    matrix = layer.to_matrix(weight).double()
-    if columns is not None:
-        matrix = matrix * columns
-    if rows is not None:
-        matrix = matrix / rows[:, None]
-        if bias is not None:
-            set_bias(graph, layer, (bias.double() / rows).to(bias.dtype))
-        statistics = program.channel_stats.get(layer.name)
-        if statistics is not None:
-            mean, std = statistics.mean / rows, statistics.std / rows
-            program.channel_stats[layer.name] = ChannelStatistics(mean.float(), std.float())
-    set_weight(graph, layer, layer.from_matrix(matrix.to(weight.dtype), weight.shape))
 
 
 def _figures(found: Sequence[Smoothing]) -> dict[str, float | str]:

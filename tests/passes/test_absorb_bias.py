@@ -128,7 +128,7 @@ def test_feed_forward_over_tokens() -> None:
     # Put the product's channels high by statistics alone: it has no bias, and gets one.
     name = find_layers(program.graph)[0].name
     program.channel_stats[name] = ChannelStatistics(torch.full((6,), 0.5), torch.full((6,), 0.1))
-    result = AbsorbBias(quantile=1).run(program)
+    result = AbsorbBias(sigmas=3, quantile=1).run(program)
     tidy(program.graph)
     assert len(result.changed) == 1
     assert count(program.graph, aten.addmm.default) == 1
@@ -201,7 +201,7 @@ def test_statistics_say_how_much() -> None:
     program = program_of(module, {"x": torch.zeros(2, 3, 8, 8)})
     FoldBatchNorm().run(program)
     before = {layer.name: bias_of(program.graph, layer) for layer in find_layers(program.graph)}
-    result = AbsorbBias(quantile=1, border="always").run(program)
+    result = AbsorbBias(sigmas=3, quantile=1, border="always").run(program)
     tidy(program.graph)
     assert set(result.changed) >= {"expand -> depthwise", "depthwise -> project"}
     expand = next(layer for layer in find_layers(program.graph) if layer.name == "expand")

@@ -40,10 +40,11 @@ ROWS = (
     "cle,act-quant,rtn:group_size=0,bias-correct:source=analytic",
     "cle,act-quant,rtn:group_size=0,bias-correct",
     "cle,gptaq:group_size=0",
-    "cle,absorb-bias,gptaq:group_size=0",
-    "cle:activations=0,absorb-bias,gptaq:group_size=0",
-    "cle,absorb-bias,gptaq:group_size=0,bias-correct",
-    "cle,absorb-bias,gptaq",
+    "centre,cle,gptaq:group_size=0",
+    "absorb-bias,cle,gptaq:group_size=0",
+    "absorb-bias,centre,cle,gptaq:group_size=0",
+    "absorb-bias,centre,cle:activations=0,gptaq:group_size=0",
+    "absorb-bias,centre,cle,gptaq",
 )
 
 PEERS = {
