@@ -37,9 +37,7 @@ def adopt(program: Program, weights: Mapping[str, ForeignWeight], path: Path) ->
             )
 
 
-def _reorder_input(
-    graph: fx.GraphModule, layer: Layer, columns: Tensor, known: list[tuple[Tensor, fx.Node]]
-) -> None:
+def _reorder_input(graph: fx.GraphModule, layer: Layer, columns: Tensor, known: list[tuple[Tensor, fx.Node]]) -> None:
     """Give the layer its input in the order of its columns; `known` are those of this input that exist."""
     for order, node in known:
         if order.equal(columns):

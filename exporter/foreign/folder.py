@@ -82,7 +82,9 @@ def read_quantized(path: Path, settings: Settings, tensors: Mapping[str, Tensor]
             ) from error
     if not weights:
         what = f"its configuration says {layout.method}, but no layer has {layout.marker}"
-        raise InputError(what, where=str(path), fix="take quantization_config out of config.json if it is a float model")
+        raise InputError(
+            what, where=str(path), fix="take quantization_config out of config.json if it is a float model"
+        )
     return Quantized(floats, weights)
 
 

@@ -48,7 +48,7 @@ def read(tensors: Tensors, settings: Settings, shape: tuple[int, int]) -> Foreig
         raise ValueError(f"{outputs} zero points of {bits} bits do not fill words of {WORD} bits")
     zeros = unpack(take(tensors, "qzeros", (groups, outputs * bits // WORD), torch.int32).T, bits)  # [out, groups]
     if _format(settings) == "gptq":
-        zeros = (zeros + 1) % 2**bits
+        zeros = (zeros + 1) & (2**bits - 1)
     index = _group_index(tensors, settings, inputs, groups)
     return _arrange(codes, scale, zeros, bits, index)
 

@@ -395,7 +395,7 @@ def test_a_hugging_face_folder_loads_and_exports(
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantized already (gptq)"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "but no layer has qweight"),
         ({"architectures": None}, "names no architectures"),
         ({"architectures": ["MyOwnModel"], "auto_map": {"AutoModel": "own.MyOwnModel"}}, "has no MyOwnModel"),
         ({"architectures": ["AutoTokenizer"]}, "has no AutoTokenizer"),

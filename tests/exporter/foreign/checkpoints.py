@@ -139,7 +139,13 @@ def bit_string(values: NDArray[np.int64], bits: int) -> NDArray[np.int32]:
 
 
 def gptq(
-    bits: int, group_size: int = 16, *, symmetric: bool = False, v2: bool = False, order: str = "", zero: int | None = None
+    bits: int,
+    group_size: int = 16,
+    *,
+    symmetric: bool = False,
+    v2: bool = False,
+    order: str = "",
+    zero: int | None = None,
 ) -> Pack:
     """AutoGPTQ's layout. `order`: "" without g_idx, "plain" with the trivial one, "act" with a shuffled one."""
 
