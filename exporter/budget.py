@@ -20,7 +20,6 @@ from pathlib import Path
 
 from exporter.backends.onnx_qdq.lower import OnnxBackend
 from exporter.budget_options import (
-    FLAG,
     FLOAT,
     Option,
     Options,
@@ -29,9 +28,11 @@ from exporter.budget_options import (
     calibration_batches,
     float_bytes,
     measure_options,
+    with_rules,
 )
+from exporter.budget_terms import FLAG, parse_budget
 from exporter.errors import InputError
-from exporter.gates import SIZE, Gate, evaluate, margin, parse_gate
+from exporter.gates import SIZE, Gate, evaluate, margin
 from exporter.output import file_sizes
 from exporter.recipe import Recipe
 from exporter.report import Budget, BudgetLayer, GateResult, Report, Sizes
@@ -43,7 +44,6 @@ from passes.graph import find_layers
 from runtimes.base import Session
 from runtimes.ort import OnnxRuntime
 
-SIZE_ALIAS = "size"
 ATTEMPTS = 4
 BACK = 20
 """Where the accuracy of a point fails its proof, the next is one in so many of the path's steps before it."""
@@ -52,27 +52,10 @@ Assignment = Mapping[str, str]
 """{layer: name of the option}"""
 
 
-def parse_budget(text: str) -> tuple[Gate, ...]:
-    """The terms of a budget: gates between commas, `size` for size_ratio. Raises InputError."""
-    gates = []
-    for term in text.split(","):
-        expr = "".join(term.split())
-        if expr.removeprefix(SIZE_ALIAS)[:1] in ("<", ">", "="):
-            expr = SIZE + expr.removeprefix(SIZE_ALIAS)
-        try:
-            gate = parse_gate(expr)
-        except InputError as error:
-            raise InputError(error.what, where=FLAG, fix=error.fix) from error
-        if gate.relation == "==" or (gate.figure == SIZE and gate.relation.startswith(">")):
-            raise InputError(f"{term.strip()!r} is no bound to stay within", where=FLAG, fix="write size<=0.3")
-        gates.append(gate)
-    return tuple(gates)
-
-
 def fit_budget(recipe: Recipe, quantize: Quantize, progress: Progress) -> tuple[Recipe, Budget]:
     """The recipe with a rule for every layer and the terms among its gates, and what was measured and chosen.
 
-    `quantize` gives the program under rules for layers. Raises InputError when there is nothing to choose.
+    `quantize` gives the program that a recipe makes. Raises InputError when there is nothing to choose.
     """
     assert recipe.budget is not None
     terms = parse_budget(recipe.budget)
@@ -85,14 +68,14 @@ def fit_budget(recipe: Recipe, quantize: Quantize, progress: Progress) -> tuple[
     tried: dict[int, tuple[GateResult, ...]] = {}
     while point not in tried and len(tried) < ATTEMPTS:
         progress("proving the budget", len(tried), ATTEMPTS)
-        tried[point] = prove(quantize((*options.rules(path[point]), *recipe.layers)), terms, recipe)
+        tried[point] = prove(quantize(with_rules(recipe, options.rules(path[point]))), terms, recipe)
         point = _neighbour(point, tried[point], terms, options, path)
     best = min(tried, key=lambda index: _missed(tried[index], terms))
-    layers = (*options.rules(path[best]), *recipe.layers)
     gates = tuple(dict.fromkeys((*recipe.gates, *(gate.expr for gate in terms))))
     met = all(result.passed or not result.measured for result in tried[best])
     chosen = tuple(_row(name, path[best][name], choices) for name, choices in options.layers.items())
-    return dataclasses.replace(recipe, layers=layers, gates=gates), Budget(recipe.budget, met, chosen)
+    pinned = dataclasses.replace(with_rules(recipe, options.rules(path[best])), gates=gates)
+    return pinned, Budget(recipe.budget, met, chosen)
 
 
 def greedy_path(layers: Mapping[str, Mapping[str, Option]]) -> list[dict[str, str]]:

@@ -9,12 +9,13 @@ the bytes of each, and each layer's quantized weight then runs alone in the floa
 import dataclasses
 import glob
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from exporter.backends.base import LoweringError
 from exporter.backends.onnx_qdq.lower import OnnxBackend
+from exporter.budget_terms import FLAG
 from exporter.errors import InputError
 from exporter.output import file_sizes
 from exporter.recipe import Recipe
@@ -25,7 +26,6 @@ from passes.calibration import Batch, cut
 from passes.graph import Layer, find_layers, get_tensor
 from passes.weight_pass import WeightPass, widths
 
-FLAG = "--budget"
 FLOAT = "float"
 WIDTHS = (8, 4, 3)
 GROUP_SIZE = 128
@@ -34,7 +34,7 @@ GROUP_SIZE = 128
 SAMPLES = 32
 """Calibration samples that noise is measured on."""
 
-Quantize = Callable[[Sequence[LayerRule]], Program]
+Quantize = Callable[[Recipe], Program]
 Progress = Callable[[str, int, int], None]
 
 
@@ -71,6 +71,11 @@ class Options:
         return tuple(options[assignment[name]].rule for name, options in self.layers.items())
 
 
+def with_rules(recipe: Recipe, rules: Iterable[LayerRule]) -> Recipe:
+    """The recipe with rules in front of its own, which win."""
+    return dataclasses.replace(recipe, layers=(*rules, *recipe.layers))
+
+
 def float_bytes(program: Program) -> int:
     """Bytes of the model's floating-point parameters."""
     return sum(value.nbytes for value in program.reference.buffers() if value.dtype.is_floating_point)
@@ -82,7 +87,7 @@ def measure_options(recipe: Recipe, quantize: Quantize, progress: Progress) -> O
     if work is None:
         raise InputError("no pass of the recipe quantizes weights to chosen bits", where=FLAG, fix="add gptq")
     grouped = getattr(work, "group_size", 0) > 0
-    base = quantize(recipe.layers)
+    base = quantize(recipe)
     twin = base.float_twin or base.graph
     twins = {layer.name: layer for layer in find_layers(twin)}
     free = [layer for layer in twins.values() if not _is_pinned(layer.name, recipe)]
@@ -135,7 +140,7 @@ def _first_that_works(
     """The program under the first rules that pass and target allow, the rules, {layer: stored bits a weight}, bytes."""
     for rules in candidates:
         try:
-            program = quantize((*rules.values(), *recipe.layers))
+            program = quantize(with_rules(recipe, rules.values()))
             with tempfile.TemporaryDirectory() as folder:
                 lowered = OnnxBackend().lower(program, Path(folder))
                 written = sum(file_sizes(Path(folder)).values())

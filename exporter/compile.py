@@ -16,6 +16,7 @@ from exporter.backends.base import Backend, LoweringError
 from exporter.backends.tensorrt.build import BuildError, available_flavor
 from exporter.backends.tensorrt.bundle import EngineResult, finish
 from exporter.backends.tensorrt.lower import TensorRTBackend
+from exporter.budget import fit_budget
 from exporter.capture import capture
 from exporter.causes import explain, worth_a_look
 from exporter.checkpoint import save_checkpoint
@@ -28,11 +29,12 @@ from exporter.kernels import kernel_of_layers, optimized_kernels
 from exporter.load import Loaded, load_model
 from exporter.lowering.lowered import Lowered
 from exporter.output import OutputFolder, file_sha256, file_sizes, write_manifest
+from exporter.pinned import write_chosen
 from exporter.prepare import Prepared, prepare
 from exporter.progress import Progress, Silent
 from exporter.recipe import Recipe
 from exporter.recipe_values import InputSpec
-from exporter.report import AllSums, Json, PassRecordView, Report, Sizes, SkipView, Sums
+from exporter.report import AllSums, Budget, Json, PassRecordView, Report, Sizes, SkipView, Sums
 from exporter.report_files import write_reports
 from exporter.sensitivity import measure_sensitivity
 from exporter.validate import OutputFigures, compare_layers, compare_outputs, eager_session, evaluate_metrics
@@ -144,22 +146,28 @@ def _compile(
         clock.stage("capture")
         backends = [backend_for(target, recipe.trt_arch) for target in recipe.target]
         prepared = prepare(loaded, recipe, given)
-        program = capture(
-            prepared.program,
-            prepared.calibration,
-            rules_for(backends),
-            dynamic=prepared.dynamic,
-            layer_rules=recipe.layer_rules,
-            seed=recipe.seed,
-        )
-        program.on_step = progress.step
-        program.memory = Memory(recipe.memory, folder)
-        damaged: list[str] = []
-        program.cache = Cache(cache, str(versions()), damaged.append) if recipe.resume else None
-        adopt(program, loaded.weights, loaded.path)
-
         pipeline = Pipeline(recipe.parsed_passes, PASSES)
-        records = pipeline.run(program, before=lambda step: clock.stage(step.work.name))
+        damaged: list[str] = []
+
+        def quantize(recipe: Recipe) -> tuple[Program, list[PassRecord]]:
+            program = capture(
+                prepared.program,
+                prepared.calibration,
+                rules_for(backends),
+                dynamic=prepared.dynamic,
+                layer_rules=recipe.layer_rules,
+                seed=recipe.seed,
+            )
+            program.on_step = progress.step
+            program.memory = Memory(recipe.memory, folder)
+            program.cache = Cache(cache, str(versions()), damaged.append) if recipe.resume else None
+            adopt(program, loaded.weights, loaded.path)
+            return program, pipeline.run(program, before=lambda step: clock.stage(step.work.name))
+
+        budget: Budget | None = None
+        if recipe.budget is not None:
+            recipe, budget = fit_budget(recipe, lambda tried: quantize(tried)[0], progress.step)
+        program, records = quantize(recipe)
 
         lowered: dict[str, Lowered] = {}
         for backend in backends:
@@ -194,10 +202,12 @@ def _compile(
         passes=tuple(_record(record) for record in records),
         sizes=Sizes(float_bytes(program.reference), file_sizes(folder)),
     )
-    report = dataclasses.replace(report, gates=evaluate([parse_gate(gate) for gate in recipe.gates], report))
+    report = dataclasses.replace(report, budget=budget, gates=evaluate([parse_gate(gate) for gate in recipe.gates], report))
+    write_chosen(folder, recipe)
     write(folder, report, clock.seconds, prepared, recipe, loaded)
     code = exit_code(report.gates)
-    warnings = (*prepared.warnings, *damaged, *incomplete)
+    missed = [f"no bits for the layers meet --budget {budget.terms}: these come nearest"] if budget and not budget.met else []
+    warnings = (*prepared.warnings, *damaged, *incomplete, *missed)
     messages = [*(f"warning: {line}" for line in warnings), *_failed_gates(report)]
     return CompileResult(report, recipe.out, code or (INCOMPLETE if incomplete else 0), tuple(messages))
 

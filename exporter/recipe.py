@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from exporter.budget_terms import parse_budget
 from exporter.errors import InputError
 from exporter.gates import parse_gate
 from exporter.options import convert, nearest, shown
@@ -90,6 +91,8 @@ class Recipe:
         object.__setattr__(self, "layers", _checked_layers(self.layers, self.parsed_passes))
         for gate in self.gates:
             parse_gate(gate)
+        if self.budget is not None:
+            parse_budget(self.budget)
 
     @property
     def parsed_passes(self) -> tuple[Pass, ...]:
