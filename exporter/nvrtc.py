@@ -26,7 +26,7 @@ def compile_ptx(source: str, name: str, defines: Mapping[str, int], arch: str = 
     known = _architectures(library)
     if arch not in known:
         raise TargetError(f"NVRTC compiles for {', '.join(known)}", where=arch, fix="the PTX of one runs on later GPUs")
-    arguments = [f"--gpu-architecture={arch.replace('sm_', 'compute_')}", "--std=c++17", "--extra-device-vectorization"]
+    arguments = [f"--gpu-architecture={arch.replace('sm_', 'compute_')}", "--std=c++17", "--diag-suppress=177"]
     arguments += [f"--define-macro={key}={value}" for key, value in sorted(defines.items())]
     options = (ctypes.c_char_p * len(arguments))(*(argument.encode() for argument in arguments))
     program = ctypes.c_void_p()

@@ -86,7 +86,15 @@ def pack_codes(codes: NDArray[np.uint8]) -> NDArray[np.int32]:
 
 
 def int3_problem(
-    dtype: Dtype, rows: int, out: int, columns: int, group: int, *, quant_scale: bool = False, quant_zero: bool = False
+    dtype: Dtype,
+    rows: int,
+    out: int,
+    columns: int,
+    group: int,
+    *,
+    bias: bool,
+    quant_scale: bool = False,
+    quant_zero: bool = False,
 ) -> Problem:
     """Random 3-bit weights with fractional zeros, as HQQ makes them."""
     random = np.random.default_rng([rows, out, columns, group])
@@ -115,7 +123,7 @@ def int3_problem(
         {"rows": rows, "out": out, "columns": columns},
         weight=(codes - zero) * scale,
         terms=(codes + np.abs(zero)) * np.abs(scale),
-        bias=arrays["bias"].astype(np.float64),
+        bias=bias * arrays["bias"].astype(np.float64),
     )
 
 
@@ -143,6 +151,7 @@ def codebook_problem(
     in_group: int,
     out_group: int = 1,
     group_scales: bool = False,
+    bias: bool = False,
 ) -> Problem:
     """Random codes over random codebooks; without group scales there is one a group of outputs."""
     random = np.random.default_rng([rows, out, columns, num_codebooks, codebook_bits])
@@ -158,12 +167,12 @@ def codebook_problem(
         return (scale * summed).transpose(0, 2, 1, 3).reshape(out, columns)
 
     x = random.standard_normal((rows, columns)).astype(kind)
-    bias = random.standard_normal(out).astype(kind)
+    biases = random.standard_normal(out).astype(kind)
     return Problem(
         dtype,
-        {"x": x, "codes": codes, "codebooks": books, "scales": scales, "bias": bias},
+        {"x": x, "codes": codes, "codebooks": books, "scales": scales, "bias": biases},
         {"rows": rows, "out": out, "columns": columns},
         weight=matrix(np.sum(entries, axis=0)),
         terms=matrix(np.sum(np.abs(entries), axis=0)),
-        bias=bias.astype(np.float64),
+        bias=bias * biases.astype(np.float64),
     )

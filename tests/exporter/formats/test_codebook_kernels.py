@@ -6,7 +6,7 @@ import pytest
 
 from exporter.gpu_kernels import Dtype, GpuKernel, codebook_kernels
 from tests.exporter.formats.cuda_host import build, needs_compiler, run
-from tests.exporter.formats.kernel_problems import codebook_problem
+from tests.exporter.formats.kernel_problems import Problem, codebook_problem
 
 pytestmark = needs_compiler
 
@@ -35,6 +35,9 @@ class Case:
             kernel for kernel in found if dict(kernel.defines).get("TILE_ROWS", self.tile_rows) == self.tile_rows
         )
 
+    def problem(self, rows: int, out: int, columns: int) -> Problem:
+        return codebook_problem(self.dtype, rows, out, columns, bias=self.bias, **self.layout())
+
 
 CASES = {
     "1x8": Case("float16", 1, 8, 8, 32, ((1, 41, 640), (9, 70, 128))),
@@ -54,11 +57,8 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_a_kernel_multiplies_by_the_entries_that_the_codes_name(case: Case) -> None:
-    for rows, out, columns in case.shapes:
-        problem = codebook_problem(case.dtype, rows, out, columns, **case.layout())
-        if not case.bias:
-            problem = dataclasses.replace(problem, bias=0 * problem.bias)
-        kernels = case.kernels(columns)
+    for shape in case.shapes:
+        problem, kernels = case.problem(*shape), case.kernels(shape[2])
         library = build(kernels)
         for kernel in kernels:
             made = run(library, kernel, problem.arrays, problem.sizes, problem.output(kernel))

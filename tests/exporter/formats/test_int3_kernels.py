@@ -6,7 +6,7 @@ import pytest
 
 from exporter.gpu_kernels import Dtype, GpuKernel, int3_kernels
 from tests.exporter.formats.cuda_host import build, needs_compiler, run
-from tests.exporter.formats.kernel_problems import int3_problem
+from tests.exporter.formats.kernel_problems import Problem, int3_problem
 
 pytestmark = needs_compiler
 
@@ -36,6 +36,10 @@ class Case:
         wanted = (("ROWS", self.gemv_rows), ("TILE_ROWS", self.tile_rows))
         return tuple(kernel for kernel in found if any(pair in kernel.defines for pair in wanted))
 
+    def problem(self, rows: int, out: int, columns: int) -> Problem:
+        meta = {"quant_scale": self.quant_scale, "quant_zero": self.quant_zero}
+        return int3_problem(self.dtype, rows, out, columns, self.group, bias=self.bias, **meta)
+
 
 CASES = {
     "one row, groups of 64": Case("float16", 64, 1, 32, ((1, 90, 320), (9, 41, 64)), bias=True),
@@ -54,12 +58,8 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_a_kernel_multiplies_by_what_the_words_stand_for(case: Case) -> None:
-    for rows, out, columns in case.shapes:
-        meta = {"quant_scale": case.quant_scale, "quant_zero": case.quant_zero}
-        problem = int3_problem(case.dtype, rows, out, columns, case.group, **meta)
-        if not case.bias:
-            problem = dataclasses.replace(problem, bias=0 * problem.bias)
-        kernels = case.kernels(columns)
+    for shape in case.shapes:
+        problem, kernels = case.problem(*shape), case.kernels(shape[2])
         library = build(kernels)
         for kernel in kernels:
             made = run(library, kernel, problem.arrays, problem.sizes, problem.output(kernel))
