@@ -1,0 +1,307 @@
+"""Additive quantization: blocks of a weight matrix as sums of codebook entries, fitted to the layer's inputs.
+
+Egiazarian et al. (AQLM), arXiv 2401.06118. It minimizes the layer error tr(E H E^T), E = W - Q, H = X^T X / n, over
+codes, codebooks and scales in turn:
+
+    codebooks   residual k-means on a sample, under the metric of the next step              passes.aq_kmeans
+    codes       group by group, each making up for the errors before it (GPTQ with vectors)   passes.aq_start
+    rounds      codebooks by conjugate gradients, scales in closed form, codes by beam        passes.aq_codebooks,
+                search, until a round lowers the error by less than `tolerance`               aq_scales, aq_search
+
+The paper has no second line: its codes are those of the k-means until the first beam search. It fits codebooks and
+scales by Adam.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from passes.aq_codebooks import update_codebooks
+from passes.aq_kmeans import first_codebooks, fit_tables
+from passes.aq_rows import Rows, cut_rows, moments_of
+from passes.aq_scales import TABLE_ITERATIONS, group_scales, round_to_tables, update_scales
+from passes.aq_search import sweep
+from passes.aq_start import feedback_of, first_codes
+from passes.base import PassError, Program
+from passes.graph import Layer
+from passes.rtn import RTN
+from passes.threads import single_thread
+from passes.walk import Walk
+from passes.weight_pass import HEAD_BITS, WeightPass, is_head
+from passes.weights import CodebookWeight, QuantWeight
+
+MAX_BITS = 8.0
+"""Bits a weight past which codebooks do not pay: 8-bit weights are smaller and better."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AQ(WeightPass):
+    """Options of additive quantization, and its pass.
+
+    num_codebooks        entries added up for a block
+    codebook_bits        2^codebook_bits entries in a codebook
+    in_group_size        inputs of a block; must divide the layer's
+    out_group_size       outputs of a block; must divide the layer's
+    beam_size            partial sums of entries carried on when a block's codes are searched
+    scale_bits           0: one scale an output group; else one for every block, from a table of 2^scale_bits for each
+                         output group, or free if that has no more blocks
+    codebook_value_bits  0: codebook values as they are; else from a table of 2^codebook_value_bits for each codebook
+    seed                 of the sample, of where codebooks begin, and of the shuffled order
+    rounds               most rounds of codebooks, scales, codes
+    tolerance            a round that lowers the error by a smaller part is the last
+    codebook_steps       conjugate-gradient steps in a round
+    sample               blocks the first codebooks are fitted to
+    kmeans_iterations    steps of that
+    shuffle              blocks and codebooks are visited in random order
+    damp                 for the first codes: added to the Hessian's diagonal, as a fraction of its mean
+    embedding_codebooks  embedding tables get codebooks, too, instead of `embeddings` bits
+
+    The output head gets 8-bit weights unless the recipe sets one of these options for it by name.
+    """
+
+    num_codebooks: int = 2
+    codebook_bits: int = 8
+    in_group_size: int = 8
+    out_group_size: int = 1
+    beam_size: int = 8
+    scale_bits: int = 0
+    codebook_value_bits: int = 0
+    seed: int = 0
+    rounds: int = 8
+    tolerance: float = 0.005
+    codebook_steps: int = 2
+    sample: int = 1 << 17
+    kmeans_iterations: int = 10
+    shuffle: bool = False
+    damp: float = 0.01
+    embeddings: int = 8
+    embedding_codebooks: bool = False
+
+    name: ClassVar[str] = "aq"
+    summary: ClassVar[str] = "blocks of weights as sums of codebook entries: about 2 bits a weight"
+    paper: ClassVar[str] = "arXiv 2401.06118"
+    needs_data: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        limits: dict[str, tuple[float, float]] = {
+            "num_codebooks": (1, 64),
+            "codebook_bits": (1, 16),
+            "in_group_size": (1, 64),
+            "out_group_size": (1, 64),
+            "beam_size": (1, 256),
+            "scale_bits": (0, 16),
+            "codebook_value_bits": (0, 16),
+            "rounds": (0, 1000),
+            "tolerance": (0, 1),
+            "codebook_steps": (1, 1000),
+            "sample": (1, 1 << 30),
+            "kmeans_iterations": (0, 10000),
+            "damp": (0, 10),
+        }
+        for option, (low, high) in limits.items():
+            value = getattr(self, option)
+            if not low <= value <= high:
+                raise PassError(
+                    f"{self.name}: {option}={value} is not in {low}..{high}", fix=f"see qexport passes {self.name}"
+                )
+
+    def for_layer(self, program: Program, layer: Layer) -> WeightPass:
+        """Besides the recipe's options: the head's width."""
+        if is_head(program.graph, layer) and not self.overrides(program, layer) and layer.kind != "embedding":
+            return RTN(bits=HEAD_BITS)
+        return super().for_layer(program, layer)
+
+    def reason_to_skip(self, program: Program, layer: Layer) -> str:
+        """Besides what holds for every weight pass: blocks must divide the matrix, and codebooks must pay."""
+        if layer.kind == "embedding" and self.embedding_codebooks:
+            reason = dataclasses.replace(self, embeddings=8, embedding_codebooks=False).reason_to_skip(program, layer)
+        else:
+            reason = super().reason_to_skip(program, layer)
+            if layer.kind == "embedding":
+                return reason
+        shape = layer.to_matrix(layer.weight.meta["val"]).shape
+        return reason or self.misfit(shape[0] // layer.groups, shape[1], layer.groups)
+
+    def misfit(self, outputs: int, inputs: int, problems: int = 1) -> str:
+        """Why problems * outputs x inputs weights cannot be quantized with these options; empty when they can."""
+        if inputs % self.in_group_size:
+            return f"its {inputs} inputs do not divide into in_group_size={self.in_group_size}"
+        if outputs % self.out_group_size:
+            return f"its {outputs} outputs do not divide into out_group_size={self.out_group_size}"
+        groups = inputs // self.in_group_size
+        blocks, size = problems * outputs // self.out_group_size * groups, self.in_group_size * self.out_group_size
+        if 2**self.codebook_bits > blocks:
+            return f"its {blocks} blocks are fewer than the {2**self.codebook_bits} entries of a codebook"
+        bits = self._stored_bits(blocks, groups, size) / (blocks * size)
+        return f"its codebooks would take {bits:.1f} bits a weight, more than 8-bit weights" if bits > MAX_BITS else ""
+
+    def _stored_bits(self, blocks: int, groups: int, size: int) -> float:
+        """Bits of codes, codebooks and scales, in 16 bits each unless they come from tables."""
+        entries, kept, table = int(2**self.codebook_bits), self.codebook_value_bits, int(2**self.scale_bits)
+        values = entries * size
+        bits = float(blocks * self.num_codebooks * self.codebook_bits)
+        bits += self.num_codebooks * (values * kept + int(2**kept) * 16 if kept else values * 16)
+        if self.scale_bits == 0:
+            return bits + blocks / groups * 16
+        if table >= groups:
+            return bits + blocks * 16
+        return bits + blocks * self.scale_bits + blocks / groups * table * 16
+
+    def quantize_layer(self, matrix: Tensor, layer: Layer, walk: Walk) -> QuantWeight:
+        """quantize_weight with these options, on the layer's second moments."""
+        return quantize_weight(matrix, walk.hessian(layer), self)
+
+    def quantize_table(self, table: Tensor) -> QuantWeight:
+        """With codebooks when asked for: a row is looked up alone, so that all errors count alike."""
+        if not self.embedding_codebooks:
+            return super().quantize_table(table)
+        return quantize_weight(table, torch.eye(table.shape[1], device=table.device), self)
+
+
+def quantize_weight(
+    weight: Tensor,
+    hessian: Tensor,
+    options: AQ,
+    *,
+    code_penalties: Tensor | None = None,
+    devices: Sequence[torch.device] = (),
+) -> CodebookWeight:
+    """Quantize `weight` [out, in] for inputs whose second moments are `hessian` = X^T X / n, [in, in].
+
+    A grouped convolution has one Hessian for each group: [groups, in, in]; the rows of `weight` fall into as many equal
+    runs, which share the codebooks. code_penalties [num_codebooks, entries] are added to the layer error
+    tr(E H E^T) for every use of an entry. The outputs are worked on in runs on the devices in turn; without any, on
+    the weight's. Raises PassError when the blocks do not fit, or numbers are not finite.
+    """
+    hessians = hessian.view(-1, *hessian.shape[-2:])
+    reason = options.misfit(len(weight) // len(hessians), weight.shape[1], len(hessians))
+    if reason:
+        raise PassError(reason, fix="choose other group sizes or codebook_bits, or leave the layer out (--skip)")
+    if not torch.isfinite(hessian).all():
+        raise PassError("the layer's inputs are not finite on the calibration data", fix="check the calibration data")
+    if not torch.isfinite(weight).all():
+        raise PassError("its weight is not finite", fix="check the model")
+    with single_thread(), torch.no_grad():
+        return _Fit(weight, hessians, options, code_penalties, tuple(devices) or (weight.device,)).run()
+
+
+def _counted(hessian: Tensor) -> Tensor:
+    """The Hessian in float32; the identity when all inputs are dead, so that the weights decide by themselves."""
+    hessian = hessian.float()
+    return hessian if bool((hessian.diagonal() > 0).any()) else torch.eye(len(hessian), device=hessian.device)
+
+
+class _Fit:
+    """One matrix on its way: runs of its output groups, and codebooks [num_codebooks, d, entries]."""
+
+    def __init__(
+        self,
+        weight: Tensor,
+        hessians: Tensor,
+        options: AQ,
+        penalties: Tensor | None,
+        devices: tuple[torch.device, ...],
+    ) -> None:
+        self.options, self.dtype, self.penalties = options, weight.dtype, penalties
+        self.generator = torch.Generator().manual_seed(options.seed)
+        self.moments = [moments_of(_counted(part), options.in_group_size, options.out_group_size) for part in hessians]
+        self.runs = cut_rows(weight, self.moments, options.out_group_size, options.num_codebooks, devices)
+        self.levels: list[Tensor | None] = [None] * len(self.runs)
+        groups = self.runs[0].groups
+        self.tables = options.scale_bits > 0 and 2**options.scale_bits < groups
+
+    def run(self) -> CodebookWeight:
+        """All of it."""
+        if self.options.scale_bits:
+            for rows in self.runs:
+                group_scales(rows)
+        self.begin()
+        self.improve()
+        if self.tables:
+            bits = self.options.scale_bits
+            self.levels = [round_to_tables(rows, self.codebooks, bits) for rows in self.runs]
+            self.refresh()
+            self.improve()
+        self.round_values()
+        self.refresh()
+        self.search()
+        return self.result()
+
+    def begin(self) -> None:
+        """First codebooks and codes."""
+        options = self.options
+        sizes = options.in_group_size, options.out_group_size
+        feedbacks = [feedback_of(moments.hessian, *sizes, options.damp) for moments in self.moments]
+        metrics = [feedbacks[rows.problem].metrics_by_group() for rows in self.runs]
+        entries, sample = 2**options.codebook_bits, max(options.sample, 2**options.codebook_bits)
+        self.codebooks = first_codebooks(self.runs, metrics, entries, sample, options.kmeans_iterations, self.generator)
+        for rows in self.runs:
+            feedback = feedbacks[rows.problem].to(rows.device)
+            first_codes(rows, feedback, self.codebooks.to(rows.device), options.beam_size, self.penalties_on(rows))
+
+    def improve(self) -> None:
+        """Rounds of codebooks, scales and codes until the error stops falling."""
+        before = self.error()
+        for _ in range(self.options.rounds):
+            self.codebooks = update_codebooks(self.runs, self.codebooks, self.options.codebook_steps)
+            for rows, levels in zip(self.runs, self.levels, strict=True):
+                update_scales(rows, self.codebooks.to(rows.device), levels)
+            self.search()
+            after = self.error()
+            if after >= (1 - self.options.tolerance) * before:
+                break
+            before = after
+
+    def search(self) -> None:
+        """Codes for the codebooks and scales as they are."""
+        for rows in self.runs:
+            generator = self.generator if self.options.shuffle else None
+            sweep(rows, self.codebooks.to(rows.device), self.options.beam_size, self.penalties_on(rows), generator)
+
+    def round_values(self) -> None:
+        """Codebook values and scales become numbers that can be stored."""
+        bits = self.options.codebook_value_bits
+        if bits:
+            values = self.codebooks.flatten(1)
+            tables, levels = fit_tables(values, torch.ones_like(values), bits, TABLE_ITERATIONS)
+            self.codebooks = tables.gather(1, levels).view_as(self.codebooks)
+        self.codebooks = self.codebooks.to(self.dtype).float()
+        for rows in self.runs:
+            rows.scales = rows.scales.to(self.dtype).float()
+
+    def refresh(self) -> None:
+        """Bring errors and gradients in step with codebooks and scales that were replaced."""
+        for rows in self.runs:
+            rows.refresh(self.codebooks.to(rows.device))
+
+    def penalties_on(self, rows: Rows) -> Tensor | None:
+        """The code penalties on the rows' device."""
+        return None if self.penalties is None else self.penalties.to(rows.device, torch.float32)
+
+    def error(self) -> float:
+        """Layer error, and penalties if there are any."""
+        total = 0.0
+        for rows in self.runs:
+            total += rows.error()
+            penalties = self.penalties_on(rows)
+            if penalties is not None:
+                total += float(penalties.gather(1, rows.codes.flatten(1)).sum(dtype=torch.float64))
+        return total
+
+    def result(self) -> CodebookWeight:
+        """The weight as it stands."""
+        options, home = self.options, self.runs[0].device
+        codes = torch.cat([rows.codes.to(home) for rows in self.runs], dim=2).permute(2, 1, 0)
+        dtype = torch.uint8 if options.codebook_bits <= 8 else torch.int32
+        blocks = self.codebooks.to(home).unflatten(1, (options.in_group_size, options.out_group_size))
+        return CodebookWeight(
+            codes.to(dtype).contiguous(),
+            blocks.permute(0, 3, 2, 1).contiguous(),
+            torch.cat([rows.scales.to(home) for rows in self.runs], dim=1).T.contiguous(),
+            scale_bits=options.scale_bits if self.tables else 0,
+            codebook_value_bits=options.codebook_value_bits,
+        )

@@ -1,0 +1,157 @@
+"""The matrix under additive quantization, cut into runs of output groups that are worked on one after the other.
+
+A run keeps its part of W^T, so that a group of inputs is a few contiguous lines: E = W - Q [in, og n] with the columns
+in the order (row of the group, output group), n output groups. A group of ig inputs is then, without a copy, the
+matrix [d, n] of its n vectors of d = ig og numbers. G = H E, the gradient, is kept in step with every change, and the
+layer error of the run is <E, G>. Between vectors the error couples through H alone: the metric of group g's vectors is
+H_gg (x) I_og, [d, d].
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+OUTPUTS_AT_ONCE = 2048
+"""Outputs of a run: bounds the memory, and keeps what a search looks at in the cache."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Moments:
+    """Second moments of a problem's inputs.
+
+    hessian   [in, in]
+    metrics   [groups, d, d], of the vectors of each group
+    """
+
+    hessian: Tensor
+    metrics: Tensor
+
+    def to(self, device: torch.device) -> "Moments":
+        """On another device."""
+        return Moments(self.hessian.to(device), self.metrics.to(device))
+
+
+def moments_of(hessian: Tensor, in_group_size: int, out_group_size: int) -> Moments:
+    """Moments of a problem with this Hessian [in, in]."""
+    return Moments(hessian, vector_metrics(diagonal_blocks(hessian, in_group_size), out_group_size))
+
+
+def diagonal_blocks(matrix: Tensor, size: int) -> Tensor:
+    """The blocks [n / size, size, size] on the diagonal of [n, n]."""
+    blocks = matrix.unflatten(0, (-1, size)).unflatten(2, (-1, size))
+    diagonal: Tensor = blocks.diagonal(dim1=0, dim2=2).movedim(-1, 0)
+    return diagonal.contiguous()
+
+
+def vector_metrics(blocks: Tensor, out_group_size: int) -> Tensor:
+    """block (x) I: what [groups, ig, ig] is to vectors whose numbers come in the order (input, output)."""
+    return torch.kron(blocks, torch.eye(out_group_size, device=blocks.device)) if out_group_size > 1 else blocks
+
+
+@dataclasses.dataclass
+class Rows:
+    """A run of n output groups.
+
+    problem    number of the problem they are of
+    moments    of their inputs
+    weight     W^T, [in, og n], see above
+    scales     [1 or groups, n]
+    codes      [num_codebooks, groups, n] int64: adding up by int32 numbers is many times slower
+    errors     E = W - Q, as weight
+    gradient   G = H E, as weight
+    """
+
+    problem: int
+    moments: Moments
+    weight: Tensor
+    scales: Tensor
+    codes: Tensor
+    errors: Tensor
+    gradient: Tensor
+
+    @property
+    def device(self) -> torch.device:
+        """Where the run is worked on."""
+        return self.weight.device
+
+    @property
+    def groups(self) -> int:
+        """How many groups the inputs fall into."""
+        return self.codes.shape[1]
+
+    @property
+    def group_size(self) -> int:
+        """Inputs of a group."""
+        return len(self.weight) // self.groups
+
+    def vectors(self, matrix: Tensor) -> Tensor:
+        """A matrix like `weight`, or some groups' lines of one, as vectors [groups, d, n] of the same storage."""
+        return matrix.view(len(matrix) // self.group_size, -1, self.codes.shape[2])
+
+    def scale(self, group: int) -> Tensor:
+        """Scales [n] of a group."""
+        return self.scales[group if len(self.scales) > 1 else 0]
+
+    def inverse_scales(self) -> Tensor:
+        """1 / scales, and 0 where a scale is 0."""
+        return torch.where(self.scales > 0, 1 / self.scales, 0)
+
+    def decode(self, codebooks: Tensor) -> Tensor:
+        """What the codes stand for before scaling, [groups, d, n], with codebooks [num_codebooks, d, entries]."""
+        total = codebooks[0].index_select(1, self.codes[0].view(-1))
+        for book, codes in zip(codebooks[1:], self.codes[1:], strict=True):
+            total += book.index_select(1, codes.view(-1))
+        vectors: Tensor = total.unflatten(1, self.codes.shape[1:])
+        return vectors.transpose(0, 1)
+
+    def scaled(self, vectors: Tensor) -> Tensor:
+        """Vectors [groups, d, n] times their scales, as a matrix like `weight`."""
+        return (vectors * self.scales[:, None]).reshape(self.weight.shape)
+
+    def refresh(self, codebooks: Tensor) -> None:
+        """Compute errors and gradient from codes, codebooks and scales."""
+        torch.sub(self.weight, self.scaled(self.decode(codebooks)), out=self.errors)
+        torch.mm(self.moments.hessian, self.errors, out=self.gradient)
+
+    def step(self, amount: float | Tensor, direction: Tensor, product: Tensor) -> None:
+        """Add amount * direction to Q, product = H direction; an amount for each output group broadcasts."""
+        if isinstance(amount, Tensor):
+            direction, product = direction * amount, product * amount
+            amount = 1.0
+        self.errors.sub_(direction, alpha=amount)
+        self.gradient.sub_(product, alpha=amount)
+
+    def error(self) -> float:
+        """The layer error of the run, tr(E^T H E)."""
+        return float((self.errors * self.gradient).sum(dtype=torch.float64))
+
+
+def cut_rows(
+    weight: Tensor,
+    moments: Sequence[Moments],
+    out_group_size: int,
+    num_codebooks: int,
+    devices: Sequence[torch.device],
+) -> list[Rows]:
+    """`weight` [out, in] in runs of about OUTPUTS_AT_ONCE outputs; the outputs fall into as many problems as moments.
+
+    Runs take turns on the devices. Their scales are one for each output group, its root mean square; codes, errors and
+    gradient are not set yet.
+    """
+    groups = len(moments[0].metrics)
+    at_once = max(1, OUTPUTS_AT_ONCE // out_group_size)
+    runs: list[Rows] = []
+    for index, (problem, given) in enumerate(zip(weight.unflatten(0, (len(moments), -1)), moments, strict=True)):
+        local = {device: given.to(device) for device in devices}
+        for part in problem.unflatten(0, (-1, out_group_size)).split(at_once):  # [n, og, in]
+            device = devices[len(runs) % len(devices)]
+            part = part.to(device, torch.float32)
+            lines = part.permute(2, 1, 0).reshape(part.shape[2], -1)
+            scales = part.square().mean((1, 2)).sqrt()[None]
+            codes = torch.zeros(num_codebooks, groups, len(part), dtype=torch.int64, device=device)
+            runs.append(
+                Rows(index, local[device], lines, scales, codes, torch.empty_like(lines), torch.empty_like(lines))
+            )
+    return runs
