@@ -78,6 +78,13 @@ def fit_budget(recipe: Recipe, quantize: Quantize, progress: Progress) -> tuple[
     return pinned, Budget(recipe.budget, met, chosen)
 
 
+def shortfall(budget: Budget | None) -> list[str]:
+    """The line for a budget that nothing meets."""
+    if budget is None or budget.met:
+        return []
+    return [f"no bits for the layers meet --budget {budget.terms}: these come nearest"]
+
+
 def greedy_path(layers: Mapping[str, Mapping[str, Option]]) -> list[dict[str, str]]:
     """Assignments from all in float to the smallest, each one step from the one before."""
     assignment = dict.fromkeys(layers, FLOAT)

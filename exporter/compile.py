@@ -16,7 +16,7 @@ from exporter.backends.base import Backend, LoweringError
 from exporter.backends.tensorrt.build import BuildError, available_flavor
 from exporter.backends.tensorrt.bundle import EngineResult, finish
 from exporter.backends.tensorrt.lower import TensorRTBackend
-from exporter.budget import fit_budget
+from exporter.budget import fit_budget, shortfall
 from exporter.capture import capture
 from exporter.causes import explain, worth_a_look
 from exporter.checkpoint import save_checkpoint
@@ -202,12 +202,12 @@ def _compile(
         passes=tuple(_record(record) for record in records),
         sizes=Sizes(float_bytes(program.reference), file_sizes(folder)),
     )
-    report = dataclasses.replace(report, budget=budget, gates=evaluate([parse_gate(gate) for gate in recipe.gates], report))
+    gates = evaluate([parse_gate(gate) for gate in recipe.gates], report)
+    report = dataclasses.replace(report, budget=budget, gates=gates)
     write_chosen(folder, recipe)
     write(folder, report, clock.seconds, prepared, recipe, loaded)
     code = exit_code(report.gates)
-    missed = [f"no bits for the layers meet --budget {budget.terms}: these come nearest"] if budget and not budget.met else []
-    warnings = (*prepared.warnings, *damaged, *incomplete, *missed)
+    warnings = (*prepared.warnings, *damaged, *incomplete, *shortfall(budget))
     messages = [*(f"warning: {line}" for line in warnings), *_failed_gates(report)]
     return CompileResult(report, recipe.out, code or (INCOMPLETE if incomplete else 0), tuple(messages))
 
