@@ -25,7 +25,6 @@ from torch import Tensor, fx
 
 from exporter.errors import InputError
 from exporter.load import resolve_callable
-from exporter.lowering.fuse import quantized_weight
 from exporter.lowering.lowered import Lowered, LoweredLayer
 from exporter.lowering.ops import MARK
 from exporter.metrics import Comparison, Figures, sqnr_db
@@ -36,6 +35,7 @@ from passes.calibration import Batch, cut
 from passes.graph import Layer, find_layers, get_tensor, inputs_of
 from passes.memory import release
 from passes.ops import FAKE_QUANTIZE, FAKE_QUANTIZE_DYNAMIC
+from passes.weight_nodes import is_quantized
 from runtimes.base import Array, Artifact, RuntimeFault, Session
 from runtimes.eager import EagerSession
 from runtimes.ort import OnnxRuntime
@@ -131,7 +131,7 @@ def _layer_diff(
 ) -> LayerDiff:
     weight = get_tensor(twin, float_layer.weight)
     figures, sqnr = comparison.accumulated.figures(), None
-    if quantized_weight(layer) is not None:
+    if is_quantized(layer):
         sqnr = sqnr_db(weight.numpy(), evaluate(program.graph, layer.weight).numpy())
     return LayerDiff(
         name=layer.name,

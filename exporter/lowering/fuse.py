@@ -1,89 +1,85 @@
 """Program -> lowered graph: one operator of `lowering.ops` for every quantized layer, a mark on every layer's output.
 
-    linear(fake_quantize(x), dequantize(...), b)            -> linear(fake_quantize(x), codes, ..., integer=True)
-    linear(fake_quantize_dynamic(x), dequantize(...), b)    -> linear(x, codes, ..., token_bits=8, integer=True)
-    linear(any(x), dequantize(... in blocks), b)            -> linear(x, codes, ..., integer=False)
-    conv(fake_quantize(x), view(dequantize(...)), b)        -> conv(fake_quantize(x), conv_weight(codes, ...), b)
-    embedding(dequantize(...), i)                           -> embedding(codes, ..., i)
+    linear(fake_quantize(x), W, b)            -> linear(fake_quantize(x), W, b, integer=True)
+    linear(fake_quantize_dynamic(x), W, b)    -> linear(x, W, b, token_bits=8, integer=True)
+    linear(any(x), W of no channel grid, b)   -> linear(x, W, b, integer=False)
+    conv(fake_quantize(x), view(W), b)        -> conv(fake_quantize(x), conv_weight(view(W)), b)
+    conv(x, view(W), b)                       -> conv(x, view(matrix(W)), b)
+    embedding(W, i)                           -> embedding(W, i)
 
-A block-wise weight has no integer kernel that takes quantized activations: its own kernel quantizes them, so the
-graph's quantizer is taken off (allowed by `BlockActivations`), or the combination is refused.
+W are the nodes that make the float matrix of the codes; the weights themselves stand beside the graph, by layer.
+
+A weight that is not on one grid a channel (groups, zero points between codes, codebooks) has no integer kernel that
+takes quantized activations. The kernel that runs it may quantize its input by itself; then the graph's quantizer is
+taken off. Otherwise the combination is refused.
 """
 
 import dataclasses
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 
-import torch
 from torch import fx
 
-from exporter.lowering.ops import CONV_WEIGHT, EMBEDDING, LINEAR, MARK
+from exporter.lowering.ops import CONV_WEIGHT, EMBEDDING, LINEAR, MARK, MATRIX
 from passes.base import Program
-from passes.graph import Layer, add_tensor, call_before, copy_graph, find_layers, get_tensor, set_argument, tidy
-from passes.ops import DEQUANTIZE, FAKE_QUANTIZE, FAKE_QUANTIZE_DYNAMIC
+from passes.graph import Layer, call_before, copy_graph, find_layers, set_argument, tidy
+from passes.ops import FAKE_QUANTIZE, FAKE_QUANTIZE_DYNAMIC
+from passes.weight_nodes import read_weight, source_of
+from passes.weights import AffineWeight, QuantWeight
 
-
-@dataclasses.dataclass(frozen=True)
-class Quantized:
-    """The dequantize node behind a layer's weight, read out."""
-
-    codes: fx.Node
-    scale: fx.Node
-    zero_point: fx.Node | None
-    bits: int
-    group_size: int
+NARROW = 4
+"""Bits up to which a second rounding, to 8 bits, costs little beside the first one."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Fused:
-    """A lowered graph, and what could not be lowered with the reason."""
+    """A lowered graph, the quantized weight of each of its layers, and what could not be lowered with the reason."""
 
     graph: fx.GraphModule
-    refused: dict[str, str]
+    weights: Mapping[str, QuantWeight]
+    refused: Mapping[str, str]
 
 
-def quantized_weight(layer: Layer) -> Quantized | None:
-    """How the layer's weight is quantized, or None when it is float."""
-    node = layer.weight
-    while node.target is not DEQUANTIZE:
-        if node.op != "call_function" or not isinstance(node.args[0], fx.Node):
-            return None
-        node = node.args[0]
-    codes, scale, zero_point, bits, group_size = node.args
-    assert isinstance(codes, fx.Node)
-    assert isinstance(scale, fx.Node)
-    assert zero_point is None or isinstance(zero_point, fx.Node)
-    assert isinstance(bits, int)
-    assert isinstance(group_size, int)
-    return Quantized(codes, scale, zero_point, bits, group_size)
-
-
-def fuse(program: Program, *, block_quantizes_input: bool, narrow_conv_input: bool = False) -> Fused:
+def fuse(
+    program: Program, *, block_quantizes_input: bool, narrow_conv_input: bool = False, requantize_conv: bool = False
+) -> Fused:
     """The lowered graph of a program, in a graph of its own.
 
-    block_quantizes_input  the target's kernel for block-wise weights quantizes its own input
+    block_quantizes_input  the target's kernel for weights of no channel grid quantizes its own input
     narrow_conv_input      its integer convolutions also take activations of fewer than 8 bits, clamped before
+    requantize_conv        it rounds narrow weights of no channel grid to one, so that a convolution runs on integers
     """
     graph = copy_graph(program.graph)
+    weights: dict[str, QuantWeight] = {}
     refused: dict[str, str] = {}
     for layer in find_layers(graph):
-        weight = quantized_weight(layer)
-        if weight is not None and layer.kind == "linear":
-            reason = _fuse_linear(graph, layer, weight, block_quantizes_input)
+        weight, source = read_weight(graph, layer), source_of(layer)
+        if weight is None or source is None:
+            continue
+        weights[layer.name] = weight
+        if layer.kind == "linear":
+            reason = _fuse_linear(graph, layer, source, weight, block_quantizes_input)
             if reason:
                 refused[layer.name] = reason
-        elif weight is not None and layer.kind == "embedding":
-            _fuse_embedding(graph, layer, weight)
-        elif weight is not None and layer.kind == "conv":
-            _fuse_conv(graph, layer, weight, narrow_conv_input)
+        elif layer.kind == "embedding":
+            _replace(graph, layer.node, EMBEDDING, (source, layer.input, layer.name))
+        elif layer.kind == "conv" and _runs_on_integers(layer, weight, narrow_conv_input, requantize_conv):
+            node = call_before(graph, layer.node, CONV_WEIGHT, (layer.weight, layer.name))
+            set_argument(layer.node, layer.weight_arg, node)
+        else:
+            put_behind(graph, source, MATRIX, layer.name)
     for name, node in layer_outputs(graph).items():
-        mark = call_before(graph, node.next, MARK, (node, name))
-        mark.meta["val"] = node.meta.get("val")
-        for user in list(node.users):
-            if user is not mark:
-                user.replace_input_with(node, mark)
+        put_behind(graph, node, MARK, name).meta["val"] = node.meta.get("val")
     tidy(graph)
-    return Fused(graph, refused)
+    return Fused(graph, weights, refused)
+
+
+def put_behind(graph: fx.GraphModule, node: fx.Node, target: object, *args: object) -> fx.Node:
+    """Call target(node, *args) behind the node; whoever read the node reads that. Returns it."""
+    new = call_before(graph, node.next, target, (node, *args))
+    for user in list(node.users):
+        if user is not new:
+            user.replace_input_with(node, new)
+    return new
 
 
 def layer_outputs(graph: fx.GraphModule) -> dict[str, fx.Node]:
@@ -95,64 +91,61 @@ def layer_outputs(graph: fx.GraphModule) -> dict[str, fx.Node]:
     return outputs
 
 
-def is_block_wise(graph: fx.GraphModule, weight: Quantized) -> bool:
-    """True when a row of the weight has more than one scale."""
-    return get_tensor(graph, weight.scale).shape[1] > 1
+def has_whole_zeros(weight: AffineWeight) -> bool:
+    """True when the weight has no zero points but codes."""
+    zeros = weight.zero_point
+    top = 2**weight.bits - 1
+    return zeros is None or bool(((zeros == zeros.round()) & (zeros >= 0) & (zeros <= top)).all())
 
 
-def _fuse_linear(graph: fx.GraphModule, layer: Layer, weight: Quantized, block_quantizes_input: bool) -> str:
+def on_channel_grid(weight: QuantWeight) -> bool:
+    """True when every output channel's codes count steps of one grid: what integer kernels multiply."""
+    if not isinstance(weight, AffineWeight) or weight.axis != 1:
+        return False
+    return weight.scale.shape[1] == 1 and has_whole_zeros(weight)
+
+
+def is_narrow(weight: QuantWeight) -> bool:
+    """True when rounding the weight again, to 8 bits, costs little beside what its own codes cost."""
+    return not isinstance(weight, AffineWeight) or weight.bits <= NARROW
+
+
+def _fuse_linear(
+    graph: fx.GraphModule, layer: Layer, matrix: fx.Node, weight: QuantWeight, block_quantizes_input: bool
+) -> str:
     """Replace the layer by LINEAR; returns why not, if it cannot be."""
     source, token_bits = layer.input, 0
     static = source.target is FAKE_QUANTIZE
     if source.target is FAKE_QUANTIZE_DYNAMIC:
         source, token_bits = _first(source), int(str(source.args[1]))
     integer = static or token_bits > 0
-    if integer and is_block_wise(graph, weight):
+    if integer and not on_channel_grid(weight):
+        kind, way_out = _no_channel_grid(weight)
         if not block_quantizes_input:
-            return "a block-wise weight does not run on quantized activations here; use group_size=-1"
+            return f"{kind} does not run on quantized activations here; {way_out}"
         if token_bits == 4 or (static and not _is_eight_bits(layer.input)):
-            return "4-bit activations do not run on a block-wise weight here; use group_size=-1 or bits=8"
+            return f"4-bit activations do not run on {kind} here; {way_out} or bits=8"
         source, token_bits, integer = (_first(source) if static else source), 0, False
-    args = (
-        source,
-        weight.codes,
-        weight.scale,
-        weight.zero_point,
-        layer.bias,
-        weight.bits,
-        weight.group_size,
-        token_bits,
-        integer,
-        layer.name,
-    )
-    _replace(graph, layer.node, call_before(graph, layer.node, LINEAR, args))
+    args = (source, matrix, layer.bias, token_bits, integer, layer.name)
+    _replace(graph, layer.node, LINEAR, args)
     return ""
 
 
-def _fuse_embedding(graph: fx.GraphModule, layer: Layer, weight: Quantized) -> None:
-    args = (weight.codes, weight.scale, weight.zero_point, layer.input, weight.bits, layer.name)
-    _replace(graph, layer.node, call_before(graph, layer.node, EMBEDDING, args))
+def _no_channel_grid(weight: QuantWeight) -> tuple[str, str]:
+    """What the weight is, and the nearest that has one grid a channel."""
+    if not isinstance(weight, AffineWeight):
+        return "a codebook weight", "use gptq:bits=4:group_size=-1"
+    if weight.scale.shape[1] > 1 or weight.axis != 1:
+        return "a block-wise weight", "use group_size=-1"
+    return "a weight with zero points between its codes", "use gptq:group_size=-1"
 
 
-def _fuse_conv(graph: fx.GraphModule, layer: Layer, weight: Quantized, narrow_input: bool) -> None:
-    """Give a convolution on quantized activations its integer weight; others keep the plain dequantize."""
+def _runs_on_integers(layer: Layer, weight: QuantWeight, narrow_input: bool, requantize: bool) -> bool:
+    """True when the convolution's input is quantized and its weight is, or can be put, on one grid a channel."""
     source = layer.input
-    if source.target is not FAKE_QUANTIZE or is_block_wise(graph, weight):
-        return
-    if not narrow_input and not _is_eight_bits(source):
-        return
-    shape = layer.weight.args[1]
-    assert isinstance(shape, Sequence)
-    codes = get_tensor(graph, weight.codes).view(torch.Size([int(str(size)) for size in shape]))
-    name = str(weight.codes.target)
-    new = add_tensor(graph, name, codes, layer.node)
-    scale = add_tensor(graph, f"{layer.name}.scale", get_tensor(graph, weight.scale).flatten(), layer.node)
-    zero_point = weight.zero_point
-    if zero_point is not None:
-        flat = get_tensor(graph, zero_point).flatten()
-        zero_point = add_tensor(graph, f"{layer.name}.zero_point", flat, layer.node)
-    args = (new, scale, zero_point, weight.bits, 0, layer.name)
-    set_argument(layer.node, layer.weight_arg, call_before(graph, layer.node, CONV_WEIGHT, args))
+    if source.target is not FAKE_QUANTIZE or not (narrow_input or _is_eight_bits(source)):
+        return False
+    return on_channel_grid(weight) or (requantize and is_narrow(weight))
 
 
 def _is_eight_bits(quantizer: fx.Node) -> bool:
@@ -165,12 +158,8 @@ def _first(node: fx.Node) -> fx.Node:
     return value
 
 
-def _replace(graph: fx.GraphModule, old: fx.Node, new: fx.Node) -> None:
+def _replace(graph: fx.GraphModule, old: fx.Node, target: object, args: tuple[object, ...]) -> None:
+    new = call_before(graph, old, target, args)
     new.meta = dict(old.meta)
     old.replace_all_uses_with(new)
     graph.graph.erase_node(old)
-
-
-def simulated_block(columns: int, group_size: int) -> int:
-    """The block in which a block-wise kernel quantizes its input when a weight has groups of `group_size` columns."""
-    return columns if group_size <= 0 else math.gcd(group_size, columns)

@@ -10,13 +10,17 @@ from runtimes.base import Artifact
 
 @dataclasses.dataclass(frozen=True)
 class LoweredLayer:
-    """How a quantized layer is stored and executed: for the report, and to check the result against."""
+    """How a quantized layer is stored and executed: for the report, and to check the result against.
+
+    codes   name of the initializer that holds the packed codes, or the first part of them
+    why     the reason for this form, where there was a choice
+    """
 
     name: str
     format: str
     bits_per_weight: float
     codes: str
-    """Name of the initializer that holds the packed codes."""
+    why: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,10 +2,12 @@
 
 A lowered graph says which layers meet integers and how, in one operator a layer, so that a dialect never has to match
 patterns. Each operator here has an eager meaning, an ONNX schema in domain `qexport` and an entry in TRANSLATIONS;
-none of them is left in a finished file.
+none of them is left in a finished file. How a layer's weight is quantized is not in the operator: `weight` is the float
+value that the program's own nodes make of the codes, and the dialect finds the QuantWeight by the layer's name.
 
-    linear        y = x' W^T + b, W by passes.ops.dequantize; token_bits > 0: x' is x quantized row by row, else x' = x
-    conv_weight   W = (codes - z) s, one s for each channel of `axis` (or one in all), codes in the weight's own shape
+    linear        y = x' W^T + b; token_bits > 0: x' is x quantized row by row, else x' = x
+    conv_weight   the weight of a convolution on quantized activations, in the layer's shape
+    matrix        the matrix [out, in] of a layer that multiplies in float
     embedding     rows of a quantized table
     mark          names the value of a layer, so that it can be found again in the file
 """
@@ -23,73 +25,57 @@ from passes import ops
 
 
 @torch.library.custom_op("qexport::linear", mutates_args=())
-def linear(
-    x: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    bias: Tensor | None,
-    bits: int,
-    group_size: int,
-    token_bits: int,
-    integer: bool,
-    name: str,
-) -> Tensor:
-    """x [..., K], codes [N, K], scale and zero_point [N or 1, groups], bias [N] -> [..., N].
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, token_bits: int, integer: bool, name: str) -> Tensor:
+    """x [..., K], weight [N, K], bias [N] -> [..., N].
 
     `integer`: the input is quantized (before, or here by token_bits), so that an integer kernel may run.
     """
     if token_bits:
         x = ops.fake_quantize_dynamic(x, token_bits, -1)
-    return torch.nn.functional.linear(x, ops.dequantize(codes, scale, zero_point, bits, group_size), bias)
+    return torch.nn.functional.linear(x, weight, bias)
 
 
 @linear.register_fake
-def _(
-    x: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    bias: Tensor | None,
-    bits: int,
-    group_size: int,
-    token_bits: int,
-    integer: bool,
-    name: str,
-) -> Tensor:
-    return x.new_empty((*x.shape[:-1], codes.shape[0]))
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, token_bits: int, integer: bool, name: str) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 @torch.library.custom_op("qexport::conv_weight", mutates_args=())
-def conv_weight(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, axis: int, name: str) -> Tensor:
-    """codes in the weight's shape, scale and zero_point [channels] along `axis`, or [1] -> float weight."""
-    shape = [1] * codes.dim()
-    shape[axis] = scale.numel()
-    centred = codes.to(scale.dtype) if zero_point is None else codes.to(scale.dtype) - zero_point.view(shape)
-    return centred * scale.view(shape)
+def conv_weight(weight: Tensor, name: str) -> Tensor:
+    """The weight itself (a copy: an operator may not return its input)."""
+    return weight.clone()
 
 
 @conv_weight.register_fake
-def _(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, axis: int, name: str) -> Tensor:
-    return torch.empty(codes.shape, dtype=scale.dtype, device=codes.device)
+def _(weight: Tensor, name: str) -> Tensor:
+    return torch.empty_like(weight)
+
+
+@torch.library.custom_op("qexport::matrix", mutates_args=())
+def matrix(weight: Tensor, name: str) -> Tensor:
+    """The matrix [out, in] itself."""
+    return weight.clone()
+
+
+@matrix.register_fake
+def _(weight: Tensor, name: str) -> Tensor:
+    return torch.empty_like(weight)
 
 
 @torch.library.custom_op("qexport::embedding", mutates_args=())
-def embedding(codes: Tensor, scale: Tensor, zero_point: Tensor | None, indices: Tensor, bits: int, name: str) -> Tensor:
-    """codes [rows, dim], scale and zero_point [rows or 1, 1], indices [...] -> [..., dim]."""
-    rows = codes[indices].to(scale.dtype)
-    picked = indices if scale.shape[0] > 1 else torch.zeros_like(indices)
-    return (rows if zero_point is None else rows - zero_point[picked]) * scale[picked]
+def embedding(weight: Tensor, indices: Tensor, name: str) -> Tensor:
+    """Rows of weight [rows, dim] at indices [...] -> [..., dim]."""
+    return torch.nn.functional.embedding(indices, weight)
 
 
 @embedding.register_fake
-def _(codes: Tensor, scale: Tensor, zero_point: Tensor | None, indices: Tensor, bits: int, name: str) -> Tensor:
-    return torch.empty((*indices.shape, codes.shape[1]), dtype=scale.dtype, device=codes.device)
+def _(weight: Tensor, indices: Tensor, name: str) -> Tensor:
+    return weight.new_empty((*indices.shape, weight.shape[1]))
 
 
 @torch.library.custom_op("qexport::mark", mutates_args=())
 def mark(x: Tensor, name: str) -> Tensor:
-    """x itself (a copy: an operator may not return its input)."""
+    """x itself."""
     return x.clone()
 
 
@@ -100,6 +86,7 @@ def _(x: Tensor, name: str) -> Tensor:
 
 LINEAR = torch.ops.qexport.linear.default
 CONV_WEIGHT = torch.ops.qexport.conv_weight.default
+MATRIX = torch.ops.qexport.matrix.default
 EMBEDDING = torch.ops.qexport.embedding.default
 MARK = torch.ops.qexport.mark.default
 
@@ -109,7 +96,7 @@ DOMAIN = "qexport"
 _FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
 _TYPES = [
     ("T", _FLOATS, "values"),
-    ("C", ["tensor(int8)", "tensor(uint8)"], "codes"),
+    ("C", ["tensor(int8)", "tensor(uint8)", "tensor(int32)"], "codes"),
     ("Z", [*_FLOATS, "tensor(int32)"], "zero points"),
     ("I", ["tensor(int64)", "tensor(int32)"], "indices"),
 ]
@@ -140,14 +127,14 @@ _INT, _STRING = onnx.defs.OpSchema.AttrType.INT, onnx.defs.OpSchema.AttrType.STR
 
 _FAKE_QUANTIZE = _schema("FakeQuantize", "x:T scale:T zero_point:Z", {"quant_min": _INT, "quant_max": _INT})
 _DYNAMIC = _schema("FakeQuantizeDynamic", "x:T", {"bits": _INT, "group_size": _INT})
-_DEQUANTIZE = _schema("Dequantize", "codes:C scale:T zero_point:Z?", {"bits": _INT, "group_size": _INT})
-_LINEAR = _schema(
-    "Linear",
-    "x:T codes:C scale:T zero_point:Z? bias:T?",
-    {"bits": _INT, "group_size": _INT, "token_bits": _INT, "integer": _INT, "name": _STRING},
+_DEQUANTIZE = _schema("Dequantize", "codes:C scale:T zero_point:T?", {"bits": _INT, "group_size": _INT, "axis": _INT})
+_DEQUANTIZE_CODEBOOK = _schema(
+    "DequantizeCodebook", "codes:C codebooks:T scales:T", {"scale_bits": _INT, "codebook_value_bits": _INT}
 )
-_CONV_WEIGHT = _schema("ConvWeight", "codes:C scale:T zero_point:Z?", {"bits": _INT, "axis": _INT, "name": _STRING})
-_EMBEDDING = _schema("Embedding", "codes:C scale:T zero_point:Z? indices:I", {"bits": _INT, "name": _STRING})
+_LINEAR = _schema("Linear", "x:T weight:T bias:T?", {"token_bits": _INT, "integer": _INT, "name": _STRING})
+_CONV_WEIGHT = _schema("ConvWeight", "weight:T", {"name": _STRING})
+_MATRIX = _schema("Matrix", "weight:T", {"name": _STRING})
+_EMBEDDING = _schema("Embedding", "weight:T indices:I", {"name": _STRING})
 _MARK = _schema("Mark", "x:T", {"name": _STRING})
 
 
@@ -163,23 +150,31 @@ def _fake_quantize_dynamic(x, bits: int, group_size: int):  # type: ignore[no-un
     return _DYNAMIC(x, bits=bits, group_size=group_size)
 
 
-def _dequantize(codes, scale, zero_point, bits: int, group_size: int):  # type: ignore[no-untyped-def]
-    return _DEQUANTIZE(codes, scale, zero_point, bits=bits, group_size=group_size)
+def _dequantize(codes, scale, zero_point, bits: int, group_size: int, axis: int = 1):  # type: ignore[no-untyped-def]
+    return _DEQUANTIZE(codes, scale, zero_point, bits=bits, group_size=group_size, axis=axis)
 
 
-def _linear(  # type: ignore[no-untyped-def]
-    x, codes, scale, zero_point, bias, bits: int, group_size: int, token_bits: int, integer: bool, name: str
+def _dequantize_codebook(  # type: ignore[no-untyped-def]
+    codes, codebooks, scales, scale_bits: int, codebook_value_bits: int
 ):
-    options = {"bits": bits, "group_size": group_size, "token_bits": token_bits, "integer": int(integer), "name": name}
-    return _LINEAR(x, codes, scale, zero_point, bias, **options)
+    bits = {"scale_bits": scale_bits, "codebook_value_bits": codebook_value_bits}
+    return _DEQUANTIZE_CODEBOOK(codes, codebooks, scales, **bits)
 
 
-def _conv_weight(codes, scale, zero_point, bits: int, axis: int, name: str):  # type: ignore[no-untyped-def]
-    return _CONV_WEIGHT(codes, scale, zero_point, bits=bits, axis=axis, name=name)
+def _linear(x, weight, bias, token_bits: int, integer: bool, name: str):  # type: ignore[no-untyped-def]
+    return _LINEAR(x, weight, bias, token_bits=token_bits, integer=int(integer), name=name)
 
 
-def _embedding(codes, scale, zero_point, indices, bits: int, name: str):  # type: ignore[no-untyped-def]
-    return _EMBEDDING(codes, scale, zero_point, indices, bits=bits, name=name)
+def _conv_weight(weight, name: str):  # type: ignore[no-untyped-def]
+    return _CONV_WEIGHT(weight, name=name)
+
+
+def _matrix(weight, name: str):  # type: ignore[no-untyped-def]
+    return _MATRIX(weight, name=name)
+
+
+def _embedding(weight, indices, name: str):  # type: ignore[no-untyped-def]
+    return _EMBEDDING(weight, indices, name=name)
 
 
 def _mark(x, name: str):  # type: ignore[no-untyped-def]
@@ -190,8 +185,10 @@ TRANSLATIONS: dict[Callable[..., object], Callable[..., object]] = {
     ops.FAKE_QUANTIZE: _fake_quantize,
     ops.FAKE_QUANTIZE_DYNAMIC: _fake_quantize_dynamic,
     ops.DEQUANTIZE: _dequantize,
+    ops.DEQUANTIZE_CODEBOOK: _dequantize_codebook,
     LINEAR: _linear,
     CONV_WEIGHT: _conv_weight,
+    MATRIX: _matrix,
     EMBEDDING: _embedding,
     MARK: _mark,
 }

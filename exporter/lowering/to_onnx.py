@@ -10,7 +10,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import ml_dtypes
@@ -23,6 +23,7 @@ from torch import Tensor, fx
 from exporter.lowering.ops import DOMAIN, TRANSLATIONS
 from passes.calibration import Batch
 from passes.graph import inputs_of
+from passes.weights import QuantWeight
 
 OPSET = 21
 IR_VERSION = 10
@@ -78,8 +79,9 @@ def _quiet() -> Iterator[None]:
 class Node:
     """A neutral node, read out."""
 
-    def __init__(self, node: ir.Node) -> None:
+    def __init__(self, node: ir.Node, weights: Mapping[str, QuantWeight]) -> None:
         self.node = node
+        self._weights = weights
         self.op = node.op_type
         self.out = node.outputs[0]
 
@@ -109,6 +111,16 @@ class Node:
         """A string attribute."""
         return self.node.attributes[name].as_string()
 
+    @property
+    def name(self) -> str:
+        """The layer the node belongs to."""
+        return self.string("name")
+
+    @property
+    def weight(self) -> QuantWeight:
+        """The layer's quantized weight."""
+        return self._weights[self.name]
+
     def next_ops(self, through: frozenset[str] = frozenset()) -> set[str]:
         """Operators that read the node's value; marks and those of `through` stand for their own readers."""
         readers = [use.node for use in self.out.uses()]
@@ -124,6 +136,7 @@ class Builder:
     def __init__(self, model: ir.Model, scope: str) -> None:
         self.model, self.scope = model, scope
         self.nodes: list[ir.Node] = []
+        self.constants: list[ir.Value] = []
         self._counts: dict[str, int] = {}
 
     def op(self, kind: str, *inputs: ir.Value | None, **attributes: int | float | str | list[int]) -> ir.Value:
@@ -146,62 +159,88 @@ class Builder:
         kind = ir.TensorType(tensor.dtype)
         value = ir.Value(name=full, shape=ir.Shape(tensor.shape.numpy()), type=kind, const_value=tensor)
         self.model.graph.register_initializer(value)
+        self.constants.append(value)
         return value
+
+    @property
+    def bytes(self) -> int:
+        """Of the initializers so far."""
+        return sum(value.const_value.nbytes for value in self.constants if value.const_value is not None)
 
 
 class Dialect(abc.ABC):
-    """How one runtime wants each neutral operator; every method returns the value that replaces the node's."""
+    """How one runtime wants each neutral operator; every method returns the value that replaces the node's.
+
+    The weights are `node.weight`; inputs: of linear x, W and bias, of embedding W and the indices, of a quantizer x,
+    scale and zero point. W, and of conv_weight and matrix the one input, only says the shape.
+    """
 
     @abc.abstractmethod
     def linear(self, b: Builder, node: Node) -> ir.Value: ...
     @abc.abstractmethod
     def conv_weight(self, b: Builder, node: Node) -> ir.Value: ...
     @abc.abstractmethod
-    def embedding(self, b: Builder, node: Node) -> ir.Value: ...
+    def matrix(self, b: Builder, node: Node) -> ir.Value: ...
     @abc.abstractmethod
-    def dequantize(self, b: Builder, node: Node) -> ir.Value: ...
+    def embedding(self, b: Builder, node: Node) -> ir.Value: ...
     @abc.abstractmethod
     def fake_quantize(self, b: Builder, node: Node) -> ir.Value: ...
     @abc.abstractmethod
     def fake_quantize_dynamic(self, b: Builder, node: Node) -> ir.Value: ...
 
 
-def expand(model: ir.Model, dialect: Dialect) -> dict[str, str]:
-    """Replace every neutral node in place; returns {layer: name of the value that holds its output}."""
-    expansions = {
+def expand(model: ir.Model, dialect: Dialect, weights: Mapping[str, QuantWeight]) -> dict[str, str]:
+    """Replace every neutral node in place; returns {layer: name of the value that holds its output}.
+
+    The layers come first: the nodes that made their weights in the graph are then read by nobody, and go.
+    """
+    layers = {
         "Linear": dialect.linear,
         "ConvWeight": dialect.conv_weight,
+        "Matrix": dialect.matrix,
         "Embedding": dialect.embedding,
-        "Dequantize": dialect.dequantize,
-        "FakeQuantize": dialect.fake_quantize,
-        "FakeQuantizeDynamic": dialect.fake_quantize_dynamic,
     }
+    quantizers = {"FakeQuantize": dialect.fake_quantize, "FakeQuantizeDynamic": dialect.fake_quantize_dynamic}
     _make_room(model)
+    _expand(model, layers, weights)
+    _remove_unread(model)
+    _expand(model, quantizers, weights)
     marks: dict[str, ir.Value] = {}
-    for node in list(model.graph):
-        if node.domain != DOMAIN:
-            continue
-        if node.op_type == "Mark":
-            source = node.inputs[0]
-            assert source is not None
-            marks[node.attributes["name"].as_string()] = source
-            _substitute(model, node, [], source)
-            continue
-        builder = Builder(model, _scope(node))
-        result = expansions[node.op_type](builder, Node(node))
-        for new in builder.nodes:
-            for key in KEPT_METADATA:
-                if key in node.metadata_props:
-                    new.metadata_props[key] = node.metadata_props[key]
-        for name, value in marks.items():
-            if value is node.outputs[0]:
-                marks[name] = result
-        _substitute(model, node, builder.nodes, result)
+    for node in _neutral(model, "Mark"):
+        source = node.inputs[0]
+        assert source is not None
+        marks[node.attributes["name"].as_string()] = source
+        _substitute(model, node, [], source)
     _clean(model)
     for name, value in marks.items():
         if value.producer() is not None and not value.is_graph_output():
             value.name = f"{name}/output"
     return {name: str(value.name) for name, value in marks.items()}
+
+
+def _neutral(model: ir.Model, *kinds: str) -> list[ir.Node]:
+    return [node for node in model.graph if node.domain == DOMAIN and node.op_type in kinds]
+
+
+def _expand(
+    model: ir.Model, expansions: Mapping[str, Callable[[Builder, Node], ir.Value]], weights: Mapping[str, QuantWeight]
+) -> None:
+    for node in _neutral(model, *expansions):
+        scope = node.attributes["name"].as_string() if "name" in node.attributes else str(node.name)
+        builder = Builder(model, scope.removeprefix("node_"))
+        result = expansions[node.op_type](builder, Node(node, weights))
+        for new in builder.nodes:
+            for key in KEPT_METADATA:
+                if key in node.metadata_props:
+                    new.metadata_props[key] = node.metadata_props[key]
+        _substitute(model, node, builder.nodes, result)
+
+
+def _remove_unread(model: ir.Model) -> None:
+    """Drop the nodes whose values nobody reads."""
+    for node in reversed(list(model.graph)):
+        if not any(output.uses() or output.is_graph_output() for output in node.outputs):
+            model.graph.remove(node, safe=True)
 
 
 def _make_room(model: ir.Model) -> None:
@@ -211,16 +250,6 @@ def _make_room(model: ir.Model) -> None:
             del model.graph.initializers[name]
             value.name = f"{DOMAIN}::{name}"
             model.graph.register_initializer(value)
-
-
-def _scope(node: ir.Node) -> str:
-    """The layer a node belongs to: by attribute, by the name of its codes, else a name of its own."""
-    if "name" in node.attributes:
-        return node.attributes["name"].as_string()
-    codes = node.inputs[0]
-    if node.op_type == "Dequantize" and codes is not None and codes.name:
-        return codes.name.removeprefix(f"{DOMAIN}::").removesuffix(".weight_codes")
-    return str(node.name).removeprefix("node_")
 
 
 def _substitute(model: ir.Model, node: ir.Node, new: list[ir.Node], result: ir.Value) -> None:
@@ -243,7 +272,8 @@ def _clean(model: ir.Model) -> None:
     for name in [name for name, value in model.graph.initializers.items() if not value.uses()]:
         if not any(output.name == name for output in model.graph.outputs):
             del model.graph.initializers[name]
-    model.opset_imports.pop(DOMAIN, None)
+    if not model.functions:
+        model.opset_imports.pop(DOMAIN, None)
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
     for node in model.graph:
@@ -267,4 +297,6 @@ def packed_int4(codes: Array, name: str, *, signed: bool) -> ir.TensorProtocol:
 
 def numpy_of(tensor: Tensor) -> Array:
     """A tensor's values."""
+    if tensor.dtype == torch.bfloat16:
+        return tensor.detach().cpu().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     return tensor.detach().cpu().numpy()

@@ -107,10 +107,11 @@ def test_layers_say_how_they_are_stored_and_run(result: Compiled) -> None:
     assert {name: (diff.kind, diff.format, diff.kernel, diff.params) for name, diff in found.items()} == {
         "stem": ("conv", "int8", "QLinearConv", 36),
         "one": ("linear", "int8", "MatMulIntegerToFloat", 4096),
-        "two": ("linear", "int8", "MatMulIntegerToFloat", 4096),
+        "two": ("linear", "int4 cast at load to int8", "MatMulIntegerToFloat", 4096),
         "three": ("linear", "int8", "MatMulIntegerToFloat", 320),
     }
     assert 8 < found["one"].bits_per_weight < 9
+    assert 4 < found["two"].bits_per_weight < 5
 
 
 def test_a_layer_left_in_float_has_no_weight_error(tmp_path: Path) -> None:

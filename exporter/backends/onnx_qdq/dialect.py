@@ -5,61 +5,103 @@ Measured rules of onnxruntime 1.31 on x86 that shape this file:
 - a bias is added with Sum: Add would merge with a rank-2 MatMul into a Gemm that no integer kernel takes;
 - a ReLU straight behind an integer MatMul blocks it, so a layer without bias gets a bias of zeros in front of one;
 - per-token activations are uint8 with zero point 128 (the int8 form is 50 times slower);
-- DequantizeLinear(W [K, N], block_size) -> MatMul becomes MatMulNBits, which knows blocks of 16 to 256;
-- a weight that no kernel takes is written as Cast and Mul on constants: onnxruntime folds that once at load, while a
-  DequantizeLinear would run at every inference.
+- DequantizeLinear(W [K, N], block_size) -> MatMul becomes MatMulNBits, which knows blocks of 16 to 256, and whole zero
+  points only; the rest of a zero point is a product of its own, of one sum for each group of inputs:
+      y = x ((q - r) s)^T + sum(x, group) ((r - z) s)^T,   r = round(z)
+- constants are computed while loading, before DequantizeLinear and MatMul are fused, a DequantizeLinear itself is not:
+  so the codes may come out of a subgraph, and what no kernel takes is written as Cast and Mul.
 """
+
+import math
+from collections.abc import Mapping
 
 import numpy as np
 import onnx_ir as ir
+import torch
+from torch import Tensor
 
+from exporter.backends.onnx_qdq.decode import (
+    FLOAT,
+    ROUNDED_BITS,
+    ROUNDED_BLOCK,
+    affine_matrix,
+    as_nibbles,
+    codebook_matrix,
+    floats,
+    rounded_blocks,
+    rounded_channels,
+    shaped,
+)
+from exporter.backends.onnx_qdq.forms import Form, kernel_block
+from exporter.backends.onnx_qdq.functions import in_function
+from exporter.backends.onnx_qdq.grids import decoded_grid, direct_grid, from_planes, kernel_codes
+from exporter.backends.onnx_qdq.rows import affine_rows, codebook_rows
 from exporter.lowering.lowered import LoweredLayer
-from exporter.lowering.to_onnx import Array, Builder, Dialect, Node, packed_int4
+from exporter.lowering.to_onnx import Array, Builder, Dialect, Node, numpy_of
 from passes.ops import TINY_SCALE
-
-BLOCKS = (256, 128, 64, 32, 16)
-DEFAULT_BLOCK = 32
-"""The block onnxruntime chooses for a weight-only layer with one scale per channel."""
-
-
-def kernel_block(columns: int, group_size: int) -> int | None:
-    """The block MatMulNBits uses for groups of `group_size` inputs of `columns`; None when it has none for them."""
-    if group_size <= 0 or group_size >= columns:
-        return DEFAULT_BLOCK
-    return next((block for block in BLOCKS if group_size % block == 0), None)
+from passes.weights import AffineWeight, CodebookWeight, QuantWeight
 
 
 class OnnxRuntimeDialect(Dialect):
-    """Collects in `layers` how every quantized layer was stored."""
+    """Writes every layer in its form, and collects in `layers` how it was stored."""
 
-    def __init__(self) -> None:
+    def __init__(self, forms: Mapping[str, Form]) -> None:
+        self.forms = forms
         self.layers: list[LoweredLayer] = []
 
-    def linear(self, b: Builder, node: Node) -> ir.Value:
-        x = node.value(0)
-        multiply = self._integer_matmul if node.integer("integer") else self._float_matmul
-        y = multiply(b, node, x)
-        bias = node.array(4)
-        if bias is None and node.next_ops() & {"Relu", "Clip"}:
-            bias = np.zeros(node.needed(1).shape[0], np.float32)
-        return y if bias is None else b.op("Sum", y, b.constant("bias", bias))
+    # ---- linear ----------------------------------------------------------------------------------------------------
 
-    def _integer_matmul(self, b: Builder, node: Node, x: ir.Value | None) -> ir.Value:
+    def linear(self, b: Builder, node: Node) -> ir.Value:
+        form, weight, x = self.forms[node.name], node.weight, node.value(0)
+        assert x is not None
+        if form.kernel == "integer":
+            terms = [self._integer_matmul(b, node, affine(node), x)]
+        elif form.kernel == "blocks":
+            terms = self._block_matmul(b, node, affine(node), x)
+        elif form.kernel == "rounded":
+            terms = [self._rounded_matmul(b, node, x)]
+        else:
+            terms = [self._float_matmul(b, node, x)]
+        bias = node.array(2)
+        if bias is None and len(terms) == 1 and node.next_ops() & {"Relu", "Clip"}:
+            bias = np.zeros(weight.shape[0], np.float32)
+        if bias is not None:
+            terms.append(b.constant("bias", bias))
+        return b.op("Sum", *terms) if len(terms) > 1 else terms[0]
+
+    def _integer_matmul(self, b: Builder, node: Node, weight: AffineWeight, x: ir.Value) -> ir.Value:
         """Codes in an int8 container whatever their width: MatMulIntegerToFloat, or MatMulInteger per token."""
-        codes, zero_point = as_int8(node.needed(1), node.array(3))
-        scale = node.needed(2)[:, 0]
+        codes, zero, kind = self._integer_codes(b, node.name, weight, None)
+        scale = numpy_of(weight.scale)[:, 0]
         per_tensor = scale.size == 1
-        weight = b.constant("weight_codes", np.ascontiguousarray(codes.T))
-        zero = b.constant("weight_zero_point", zero_point[0] if per_tensor else zero_point)
-        self._record(node, "int8", codes.size, codes.nbytes + scale.nbytes + zero_point.nbytes, weight)
         token_bits = node.integer("token_bits")
         if not token_bits:
             scales = b.constant("weight_scale", scale[0] if per_tensor else scale)
-            return b.op("MatMul", x, b.op("DequantizeLinear", weight, scales, zero, axis=1))
+            self._record(b, node, kind)
+            return b.op("MatMul", x, b.op("DequantizeLinear", codes, scales, zero, axis=1))
+        self._record(b, node, kind, extra=scale.nbytes)
         row_scale, rows = self._quantize_rows(b, x, token_bits)
         middle = b.constant("row_zero_point", np.array(128, np.uint8))
-        sums = b.op("Cast", b.op("MatMulInteger", rows, weight, middle, zero), to=ir.DataType.FLOAT.value)
+        sums = b.op("Cast", b.op("MatMulInteger", rows, codes, middle, zero), to=FLOAT)
         return b.op("Mul", b.op("Mul", sums, row_scale), b.constant("weight_scale", scale[0] if per_tensor else scale))
+
+    def _integer_codes(
+        self, b: Builder, name: str, weight: AffineWeight, shape: list[int] | None
+    ) -> tuple[ir.Value, ir.Value, str]:
+        """The codes as int8 in a shape, or else [in, out]; their zero points [out or 1], and what is stored."""
+        codes, zeros = numpy_of(weight.codes), weight.zero_point
+        codes = np.ascontiguousarray(codes.T) if shape is None else codes.reshape(shape)
+        zero_point = np.zeros(weight.scale.shape[0], np.int8) if zeros is None else numpy_of(zeros).reshape(-1)
+        if self.forms[name].storage == "decoded":
+            kind = f"{codes.dtype.name.removesuffix('8')}4 cast at load to int8"
+            value = as_nibbles(b, codes)
+        else:
+            kind = "int8"
+            if zeros is not None:
+                codes, zero_point = (codes.astype(np.int16) - 128).astype(np.int8), zero_point - 128
+            value = b.constant("weight_codes", codes)
+        zero_point = zero_point.astype(np.int8)
+        return value, b.constant("weight_zero_point", zero_point if zero_point.size > 1 else zero_point[0]), kind
 
     def _quantize_rows(self, b: Builder, x: ir.Value | None, bits: int) -> tuple[ir.Value, ir.Value]:
         """Scale [..., 1] and uint8 codes (zero point 128) of each row."""
@@ -72,111 +114,120 @@ class OnnxRuntimeDialect(Dialect):
         codes = b.op("Add", b.op("Round", b.op("Div", x, scale)), shift)
         return scale, b.op("Cast", codes, to=ir.DataType.UINT8.value)
 
-    def _float_matmul(self, b: Builder, node: Node, x: ir.Value | None) -> ir.Value:
-        codes, scale, zero_point = node.needed(1), node.needed(2), node.array(3)
-        block = kernel_block(codes.shape[1], node.integer("group_size"))
-        if block is None:
-            weight = self._folded(b, node, codes, scale, zero_point, node.integer("bits"), node.integer("group_size"))
-            return b.op("MatMul", x, b.op("Transpose", weight, perm=[1, 0]))
-        stored, kind = container(b, "weight_codes", np.ascontiguousarray(codes.T), node.integer("bits"))
-        attributes: dict[str, int] = {"axis": 1}
-        if scale.shape[1] > 1:
-            repeat = node.integer("group_size") // block
-            attributes = {"axis": 0, "block_size": block}
-            columns = -(-codes.shape[1] // block)
-            scale = np.repeat(scale, repeat, axis=1)[:, :columns].T
-            zero_point = None if zero_point is None else np.repeat(zero_point, repeat, axis=1)[:, :columns].T
-        else:  # one scale for the tensor is written once a channel: no kernel takes a scalar
-            rows = codes.shape[0]
-            scale = np.broadcast_to(scale[:, 0], rows)
-            zero_point = None if zero_point is None else np.broadcast_to(zero_point[:, 0], rows)
-        inputs = [stored, b.constant("weight_scale", np.ascontiguousarray(scale))]
-        written = stored.const_value.nbytes + scale.nbytes if stored.const_value is not None else 0
-        if zero_point is not None:
-            zero = zero_container(b, np.ascontiguousarray(zero_point), node.integer("bits"))
-            written += zero.const_value.nbytes if zero.const_value is not None else 0
-            inputs.append(zero)
-        self._record(node, kind, codes.size, written, stored)
-        return b.op("MatMul", x, b.op("DequantizeLinear", *inputs, **attributes))
+    def _block_matmul(self, b: Builder, node: Node, weight: AffineWeight, x: ir.Value) -> list[ir.Value]:
+        """MatMulNBits, and the product with the rest of the zero points where they lie between codes."""
+        packed = self.forms[node.name].storage == "decoded"
+        block = kernel_block(weight.shape[1], weight.group_size)
+        assert block is not None
+        codes, kind = kernel_codes(b, weight, packed=packed)
+        write_grid = decoded_grid if packed else direct_grid
+        grid = write_grid(b, weight, block, planes=from_planes(weight, packed=packed))
+        blocks = {"axis": 0, "block_size": block} if weight.scale.shape[1] > 1 else {"axis": 1}
+        inputs = [codes, grid.scale] if grid.zero_point is None else [codes, grid.scale, grid.zero_point]
+        y = [b.op("MatMul", x, b.op("DequantizeLinear", *inputs, **blocks))]
+        if grid.rest is not None:
+            y.append(self._rest_of_zeros(b, weight, x, grid.rest))
+            kind = f"{kind} blocks and a product of group sums"
+        stored = f"{narrow_name(weight)} decoded at load to {kind}" if packed else kind
+        self._record(b, node, stored)
+        return y
+
+    def _rest_of_zeros(self, b: Builder, weight: AffineWeight, x: ir.Value, rest: ir.Value) -> ir.Value:
+        """sum of x over each group, times rest [groups, out]."""
+        assert x.shape is not None
+        groups = weight.scale.shape[1]
+        split = shaped(b, x, [0] * (len(x.shape) - 1) + [groups, weight.shape[1] // groups])
+        sums = b.op("ReduceSum", split, b.constant("group_axis", np.array([-1], np.int64)), keepdims=0)
+        return b.op("MatMul", sums, rest)
+
+    def _rounded_matmul(self, b: Builder, node: Node, x: ir.Value) -> ir.Value:
+        """MatMulNBits with codes of 8 bits, whatever the weight is."""
+        weight, blocks = node.weight, f"int{ROUNDED_BITS} blocks of {ROUNDED_BLOCK}"
+        if self.forms[node.name].storage == "direct":
+            values = weight.dequantize().float()
+            codes, scale = round_blocks(values)
+            inputs = [b.constant("weight_codes", codes), b.constant("weight_scale", scale)]
+            self._record(b, node, f"{narrow_name(weight)} rounded to {blocks}")
+        else:
+            inputs = list(rounded_blocks(b, self._transposed(b, weight), weight.shape[1], weight.shape[0]))
+            self._record(b, node, f"{narrow_name(weight)} decoded at load to {blocks}")
+        return b.op("MatMul", x, b.op("DequantizeLinear", *inputs, axis=0, block_size=ROUNDED_BLOCK))
+
+    def _transposed(self, b: Builder, weight: QuantWeight, *, scaled: bool = True) -> ir.Value:
+        """The float matrix [in, out]."""
+        if isinstance(weight, CodebookWeight):
+            return codebook_matrix(b, weight, scaled=scaled)
+        return b.op("Transpose", affine_matrix(b, "weight", weight), perm=[1, 0])
+
+    def _float_matmul(self, b: Builder, node: Node, x: ir.Value) -> ir.Value:
+        weight, in_a_function = node.weight, self.forms[node.name].storage == "function"
+        if isinstance(weight, CodebookWeight) and weight.scales.shape[1] == 1:  # scales go to the output
+            y = b.op("MatMul", x, self._float(b, node, scaled=False))
+            scales = np.repeat(numpy_of(weight.scales)[:, 0], weight.codebooks.shape[2])
+            y = b.op("Mul", y, floats(b, "weight_scales", scales))
+        else:
+            y = b.op("MatMul", x, self._float(b, node))
+        self._record(b, node, f"{narrow_name(weight)} {'in a function, ' if in_a_function else ''}folded at load")
+        return y
+
+    def _float(self, b: Builder, node: Node, *, scaled: bool = True) -> ir.Value:
+        """The float matrix [in, out], through a function where the form says so."""
+        weight = node.weight
+        if self.forms[node.name].storage != "function":
+            return self._transposed(b, weight, scaled=scaled)
+        kind = "Codebooks" if isinstance(weight, CodebookWeight) else "Grid"
+        return in_function(b, kind, lambda inner: self._transposed(inner, weight, scaled=scaled))
+
+    # ---- other layers ----------------------------------------------------------------------------------------------
 
     def conv_weight(self, b: Builder, node: Node) -> ir.Value:
-        codes, zero_point = as_int8(node.needed(0), node.array(2), node.needed(1).size)
-        scale = node.needed(1)
-        per_tensor = scale.size == 1
-        weight = b.constant("weight_codes", codes)
-        self._record(node, "int8", codes.size, codes.nbytes + scale.nbytes + zero_point.nbytes, weight)
-        return b.op(
-            "DequantizeLinear",
-            weight,
-            b.constant("weight_scale", scale[0] if per_tensor else scale),
-            b.constant("weight_zero_point", zero_point[0] if per_tensor else zero_point),
-            axis=node.integer("axis"),
-        )
+        shape = node.out.shape
+        assert shape is not None
+        weight, form = node.weight, self.forms[node.name]
+        if form.kernel == "rounded":
+            codes, scales = rounded_channels(b, self._matrix(b, weight))
+            self._record(b, node, f"{narrow_name(weight)} decoded at load to int{ROUNDED_BITS}")
+            value = shaped(b, codes, list(shape.numpy()))
+            return b.op("DequantizeLinear", value, scales, axis=0)
+        codes, zero, kind = self._integer_codes(b, node.name, affine(node), list(shape.numpy()))
+        scale = numpy_of(affine(node).scale)[:, 0]
+        scales = b.constant("weight_scale", scale if scale.size > 1 else scale[0])
+        self._record(b, node, kind)
+        return b.op("DequantizeLinear", codes, scales, zero, axis=0)
 
-    def dequantize(self, b: Builder, node: Node) -> ir.Value:
-        codes, scale = node.needed(0), node.needed(1)
-        return self._folded(b, node, codes, scale, node.array(2), node.integer("bits"), node.integer("group_size"))
+    def _matrix(self, b: Builder, weight: QuantWeight) -> ir.Value:
+        """The float matrix [out, in]."""
+        if isinstance(weight, CodebookWeight):
+            return b.op("Transpose", codebook_matrix(b, weight), perm=[1, 0])
+        return affine_matrix(b, "weight", weight)
 
-    def _folded(
-        self, b: Builder, node: Node, codes: Array, scale: Array, zero_point: Array | None, bits: int, group_size: int
-    ) -> ir.Value:
-        """(Cast(codes) - z) * s on constants, in groups when there are several: [out, in]."""
-        rows, columns = codes.shape
-        groups = scale.shape[1]
-        stored, kind = container(b, "weight_codes", codes, bits)
-        value = b.op("Cast", stored, to=ir.DataType.FLOAT.value)
-        scale, written = scale.astype(np.float32), scale.nbytes
-        if groups > 1:
-            index = np.arange(columns) // group_size
-            if columns % group_size:  # a short last group: one scale for each column
-                scale, zero_point = scale[:, index], None if zero_point is None else zero_point[:, index]
-            else:
-                shape = b.constant("group_shape", np.array([rows, groups, group_size], np.int64))
-                value = b.op("Reshape", value, shape)
-                scale, zero_point = scale[:, :, None], None if zero_point is None else zero_point[:, :, None]
-        if zero_point is not None:
-            value = b.op("Sub", value, b.constant("weight_zero_point", zero_point.astype(np.float32)))
-        value = b.op("Mul", value, b.constant("weight_scale", scale))
-        if groups > 1 and not columns % group_size:
-            value = b.op("Reshape", value, b.constant("matrix_shape", np.array([rows, columns], np.int64)))
-        total = written + (stored.const_value.nbytes if stored.const_value is not None else 0)
-        self._record(node, f"{kind} folded at load", codes.size, total, stored, name=b.scope)
+    def matrix(self, b: Builder, node: Node) -> ir.Value:
+        weight, kind = node.weight, narrow_name(node.weight)
+        if self.forms[node.name].storage == "function":
+            name = "CodebookMatrix" if isinstance(weight, CodebookWeight) else "GridMatrix"
+            value = in_function(b, name, lambda inner: self._matrix(inner, weight))
+            self._record(b, node, f"{kind} in a function, folded at load")
+            return value
+        value = self._matrix(b, weight)
+        self._record(b, node, f"{kind} folded at load")
         return value
 
     def embedding(self, b: Builder, node: Node) -> ir.Value:
-        """Gather packed rows, then dequantize them: the table is never float."""
-        codes, scale, zero_point, bits = node.needed(0), node.needed(1), node.array(2), node.integer("bits")
-        indices = node.value(3)
-        signed = codes.dtype == np.int8
-        if bits > 4:
-            stored = b.constant("weight_codes", codes)
-            rows = b.op("Cast", b.op("Gather", stored, indices), to=ir.DataType.FLOAT.value)
+        """Gather packed rows, then decode them: the table is never float, where its form allows."""
+        weight, indices = node.weight, node.value(1)
+        assert indices is not None
+        if self.forms[node.name].kernel == "float":
+            table = self._matrix(b, weight)
+            self._record(b, node, f"{narrow_name(weight)} folded at load")
+            return b.op("Gather", table, indices, axis=0)
+        if isinstance(weight, CodebookWeight):
+            rows = codebook_rows(b, weight, indices)
         else:
-            stored = b.constant("weight_codes", two_in_a_byte(codes, 8 if signed else 0))
-            rows = self._unpack_rows(b, b.op("Gather", stored, indices), codes.shape[1])
-            if signed:
-                rows = b.op("Sub", rows, b.constant("weight_offset", np.array(8, np.float32)))
-        written = scale.nbytes + (stored.const_value.nbytes if stored.const_value is not None else 0)
-        if zero_point is not None:
-            rows = b.op("Sub", rows, self._gathered(b, "weight_zero_point", zero_point.astype(np.float32), indices))
-            written += zero_point.nbytes
-        self._record(node, "int8 rows" if bits > 4 else "int4 rows", codes.size, written, stored)
-        return b.op("Mul", rows, self._gathered(b, "weight_scale", scale, indices))
+            rows = affine_rows(b, weight, indices)
+        self._record(b, node, f"{stored_name(weight)} rows")
+        return rows
 
-    def _gathered(self, b: Builder, name: str, values: Array, indices: ir.Value | None) -> ir.Value:
-        constant = b.constant(name, values if values.shape[0] > 1 else values[0])
-        return b.op("Gather", constant, indices) if values.shape[0] > 1 else constant
-
-    def _unpack_rows(self, b: Builder, packed: ir.Value, columns: int) -> ir.Value:
-        """Bytes [..., ceil(d / 2)] -> float codes [..., d]: low nibbles hold the first half of a row."""
-        low = b.op("BitwiseAnd", packed, b.constant("low_nibble", np.array(15, np.uint8)))
-        high = b.op("BitShift", packed, b.constant("nibble_bits", np.array(4, np.uint8)), direction="RIGHT")
-        both = b.op("Cast", b.op("Concat", low, high, axis=-1), to=ir.DataType.FLOAT.value)
-        if columns % 2 == 0:
-            return both
-        ends = [b.constant(name, np.array([value], np.int64)) for name, value in (("start", 0), ("end", columns))]
-        return b.op("Slice", both, *ends, b.constant("last", np.array([-1], np.int64)))
-
+    # ---- activations -----------------------------------------------------------------------------------------------
     def fake_quantize(self, b: Builder, node: Node) -> ir.Value:
         low, high = node.integer("quant_min"), node.integer("quant_max")
         scale, zero_point = node.needed(1), int(node.needed(2))
@@ -197,41 +248,36 @@ class OnnxRuntimeDialect(Dialect):
         shift = b.constant("row_shift", np.array(128, np.float32))
         return b.op("Mul", b.op("Sub", b.op("Cast", codes, to=ir.DataType.FLOAT.value), shift), scale)
 
-    def _record(
-        self, node: Node, kind: str, weights: int, written: int, stored: ir.Value, *, name: str | None = None
-    ) -> None:
-        layer = name if name is not None else node.string("name")
-        self.layers.append(LoweredLayer(layer, kind, 8 * written / weights, str(stored.name)))
+    def _record(self, b: Builder, node: Node, kind: str, *, extra: int = 0) -> None:
+        """What the layer's weight takes: all constants written for it so far."""
+        codes = next(value for value in b.constants if "weight_codes" in str(value.name))
+        bits = 8 * (b.bytes + extra) / math.prod(node.weight.shape)
+        self.layers.append(LoweredLayer(node.name, kind, bits, str(codes.name), self.forms[node.name].why))
 
 
-def as_int8(codes: Array, zero_point: Array | None, channels: int | None = None) -> tuple[Array, Array]:
-    """Codes and zero points [channels] as int8: unsigned codes are shifted by 128, which changes no value."""
-    if codes.dtype == np.uint8:
-        assert zero_point is not None
-        return (codes.astype(np.int16) - 128).astype(np.int8), (zero_point.reshape(-1) - 128).astype(np.int8)
-    count = channels if channels is not None else codes.shape[0]
-    zeros = np.zeros(count, np.int8) if zero_point is None else zero_point.reshape(-1).astype(np.int8)
-    return codes, zeros
+def affine(node: Node) -> AffineWeight:
+    """The node's weight, where its form is one of an AffineWeight."""
+    assert isinstance(node.weight, AffineWeight)
+    return node.weight
 
 
-def container(b: Builder, name: str, codes: Array, bits: int) -> tuple[ir.Value, str]:
-    """The initializer that holds `codes`: int4 or uint4 up to 4 bits, else int8 or uint8; and its name."""
-    signed = codes.dtype == np.int8
-    if bits > 4:
-        return b.constant(name, codes), str(codes.dtype)
-    return b.constant(name, packed_int4(codes, name, signed=signed)), "int4" if signed else "uint4"
+def narrow_name(weight: QuantWeight) -> str:
+    """A weight in the report: int3, uint4, aq_codebook."""
+    if isinstance(weight, CodebookWeight):
+        return "aq_codebook"
+    return f"{'int' if weight.zero_point is None else 'uint'}{weight.bits}"
 
 
-def zero_container(b: Builder, zero_point: Array, bits: int) -> ir.Value:
-    """Zero points in the type of their codes."""
-    values = zero_point.astype(np.uint8)
-    return b.constant("weight_zero_point", packed_int4(values, "", signed=False) if bits <= 4 else values)
+def stored_name(weight: QuantWeight) -> str:
+    """The same of a table, whose codes are packed without regard to their sign."""
+    return narrow_name(weight).removeprefix("u")
 
 
-def two_in_a_byte(codes: Array, offset: int) -> Array:
-    """Codes [rows, d] + offset as uint8 [rows, ceil(d / 2)]: first half of a row in the low nibbles."""
-    shifted = (codes.astype(np.int16) + offset).astype(np.uint8)
-    half = -(-shifted.shape[1] // 2)
-    low, high = shifted[:, :half], np.zeros((shifted.shape[0], half), np.uint8)
-    high[:, : shifted.shape[1] - half] = shifted[:, half:]
-    return low | (high << 4)
+def round_blocks(matrix: Tensor) -> tuple[Array, Array]:
+    """Codes int8 [in, out] and scale [in / block, out] of a float matrix [out, in], as `rounded_blocks` has them."""
+    columns = matrix.shape[1]
+    blocks = -(-columns // ROUNDED_BLOCK)
+    padded = torch.nn.functional.pad(matrix, (0, blocks * ROUNDED_BLOCK - columns)).unflatten(1, (blocks, -1))
+    scale = (padded.abs().amax(2, keepdim=True) / (2 ** (ROUNDED_BITS - 1) - 1)).clamp_min(TINY_SCALE)
+    codes = (padded / scale).round().to(torch.int8).flatten(1)[:, :columns]
+    return numpy_of(codes.t().contiguous()), numpy_of(scale[:, :, 0].t().contiguous())

@@ -1,29 +1,37 @@
 """The ONNX target: one file, standard operators, shaped for onnxruntime's integer kernels."""
 
+import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import onnx_ir as ir
 from torch import fx
 
 from exporter.backends.base import Backend, LoweringError
-from exporter.backends.onnx_qdq.dialect import OnnxRuntimeDialect, kernel_block
-from exporter.lowering.fuse import fuse
+from exporter.backends.onnx_qdq.dialect import OnnxRuntimeDialect
+from exporter.backends.onnx_qdq.forms import Form, WeightsAs, choose_forms, input_block, round_again
+from exporter.backends.onnx_qdq.grids import whole_zeros
+from exporter.lowering.fuse import fuse, has_whole_zeros
 from exporter.lowering.lowered import Lowered
 from exporter.lowering.ops import CONV_WEIGHT, LINEAR, MARK
 from exporter.lowering.to_onnx import expand, export, save
 from passes.act_quant import ACTIVATIONS
 from passes.base import Program, TargetRules
-from passes.graph import CONVS, call_before, copy_graph, get_tensor, inputs_of, tidy
+from passes.graph import CONVS, add_tensor, aten, call_before, copy_graph, inputs_of, tidy
 from passes.ops import FAKE_QUANTIZE, FAKE_QUANTIZE_DYNAMIC
+from passes.weights import AffineWeight, QuantWeight
 from runtimes.base import Artifact
 
 KERNEL_BITS = 8
 """Width to which MatMulNBits (accuracy level 4, the default) quantizes its own input, block by block."""
 
 
+@dataclasses.dataclass(frozen=True)
 class OnnxBackend(Backend):
-    """Lowers to model.onnx."""
+    """Lowers to model.onnx. `weights_as` chooses the weights' forms, but for layers whose rule in the recipe does."""
+
+    weights_as: WeightsAs = "auto"
 
     name: ClassVar[str] = "onnx"
     rules: ClassVar[TargetRules] = TargetRules(
@@ -39,20 +47,27 @@ class OnnxBackend(Backend):
 
     def lower(self, program: Program, folder: Path) -> Lowered:
         """Write model.onnx (and model.onnx.data past 2 GB) into `folder`."""
-        fused = fuse(program, block_quantizes_input=True)
+        fused = fuse(program, block_quantizes_input=True, requantize_conv=True)
         if fused.refused:
             raise LoweringError(self.name, fused.refused)
         example = program.calibration.example()
         quantize_before_activation(fused.graph)
+        wanted = {name: self._wanted(program, name) for name in fused.weights}
+        forms = choose_forms(fused.graph, fused.weights, wanted)
+        round_again(fused.graph, forms)
         model = export(fused.graph, example, program.dynamic, program.output_names)
-        dialect = OnnxRuntimeDialect()
-        taps = expand(model, dialect)
+        dialect = OnnxRuntimeDialect(forms)
+        taps = expand(model, dialect, fused.weights)
         keep_float(model)
         path = folder / "model.onnx"
         save(model, path)
         inputs = tuple(str(node.target) for node in inputs_of(fused.graph))
         artifact = Artifact("onnxruntime", path, inputs, program.output_names)
-        return Lowered(artifact, fused.graph, simulate_kernels(fused.graph), tuple(dialect.layers), taps)
+        simulated = simulate_kernels(fused.graph, fused.weights, forms)
+        return Lowered(artifact, fused.graph, simulated, tuple(dialect.layers), taps)
+
+    def _wanted(self, program: Program, layer: str) -> WeightsAs:
+        return cast(WeightsAs, program.options_for(layer).get("weights_as", self.weights_as))
 
 
 def quantize_before_activation(graph: fx.GraphModule) -> None:
@@ -101,20 +116,34 @@ def _made_by_dequantize(value: ir.Value) -> bool:
     return producer is not None and producer.op_type == "DequantizeLinear"
 
 
-def simulate_kernels(graph: fx.GraphModule) -> fx.GraphModule:
+def simulate_kernels(
+    graph: fx.GraphModule, weights: Mapping[str, QuantWeight], forms: Mapping[str, Form]
+) -> fx.GraphModule:
     """The lowered graph with what onnxruntime's kernels add by themselves.
 
-    MatMulNBits quantizes its input to 8 bits in the blocks of its weight. (Convolutions round their bias to the
-    int32 grid of input scale times weight scale: at most half a step of the accumulator, not simulated.)
+    MatMulNBits quantizes its input to 8 bits in the blocks of its weight; what zero points are off a code is a float
+    product beside it. (Convolutions round their bias to the int32 grid of input scale times weight scale: at most half
+    a step of the accumulator, not simulated.)
     """
     simulated = copy_graph(graph)
     for node in list(simulated.graph.nodes):
-        if node.target is not LINEAR or node.args[8]:
+        if node.target is not LINEAR or node.args[4]:
             continue
-        codes = node.args[1]
-        block = kernel_block(get_tensor(simulated, codes).shape[1], node.args[6])
-        if block is not None:
-            rounded = call_before(simulated, node, FAKE_QUANTIZE_DYNAMIC, (node.args[0], KERNEL_BITS, block))
-            node.update_arg(0, rounded)
+        name = str(node.args[-1])
+        weight = weights[name]
+        block = input_block(weight, forms[name])
+        if block is None:
+            continue
+        x, matrix = node.args[:2]
+        node.update_arg(0, call_before(simulated, node, FAKE_QUANTIZE_DYNAMIC, (x, KERNEL_BITS, block)))
+        if forms[name].kernel == "blocks" and isinstance(weight, AffineWeight) and not has_whole_zeros(weight):
+            whole = whole_zeros(weight).dequantize()
+            kernels = add_tensor(simulated, f"{name}.kernel_weight", whole, node)
+            node.update_arg(1, kernels)
+            rest = call_before(simulated, node, aten.sub.Tensor, (matrix, kernels))
+            beside = call_before(simulated, node, aten.linear.default, (x, rest))
+            y = call_before(simulated, node.next, aten.add.Tensor, (node, beside))
+            y.meta = dict(node.meta)
+            node.replace_all_uses_with(y, delete_user_cb=lambda user, own=y: user is not own)
     tidy(simulated)
     return simulated

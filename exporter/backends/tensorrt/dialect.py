@@ -20,9 +20,11 @@ import math
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
+from torch import Tensor
 
 from exporter.lowering.lowered import LoweredLayer
-from exporter.lowering.to_onnx import Array, Builder, Dialect, Node, packed_int4
+from exporter.lowering.to_onnx import Array, Builder, Dialect, Node, numpy_of, packed_int4
+from passes.weights import AffineWeight
 
 CHANNEL_BLOCKS = (128, 64, 32, 16)
 """Blocks tried, in order, for an int4 weight with one scale per channel."""
@@ -42,15 +44,15 @@ class TensorRTDialect(Dialect):
         self.layers: list[LoweredLayer] = []
 
     def linear(self, b: Builder, node: Node) -> ir.Value:
+        weight, scale = affine(node), scale_of(node)
         # For an int8 gemm codes ride in int8 whatever their width.
-        bits = 8 if node.integer("integer") else node.integer("bits")
-        codes, scale = node.needed(1), node.needed(2)
-        group_size = group_size_of(node, scale)
-        if group_size < 0 and is_int4(codes, bits):
-            scale, group_size = repeat_channel_scale(scale, codes.shape[1])
-        weight = self._matrix(b, node.string("name"), codes, scale, bits, group_size, inputs_axis=0)
-        y = b.op("MatMul", node.value(0), weight)
-        bias = node.array(4)
+        bits = 8 if node.integer("integer") else weight.bits
+        group_size = group_size_of(weight)
+        if group_size < 0 and is_int4(weight.codes, bits):
+            scale, group_size = repeat_channel_scale(scale, weight.shape[1])
+        matrix = self._matrix(b, node.name, numpy_of(weight.codes), scale, bits, group_size, inputs_axis=0)
+        y = b.op("MatMul", node.value(0), matrix)
+        bias = node.array(2)
         if bias is not None:
             y = b.op("Add", y, b.constant("bias", bias))
         if node.next_ops(MOVES) & CUTS:
@@ -59,20 +61,25 @@ class TensorRTDialect(Dialect):
         return y
 
     def conv_weight(self, b: Builder, node: Node) -> ir.Value:
-        codes, scale = node.needed(0), node.needed(1)
+        scale = scale_of(node)
+        shape = node.out.shape
+        assert shape is not None
+        codes = numpy_of(affine(node).codes).reshape(shape.numpy())
         weight = b.constant("weight_codes", codes)
-        self._record(node.string("name"), "int8", codes.size, weight, scale)
-        scales = b.constant("weight_scale", scale if scale.size > 1 else scale[0])
-        return b.op("DequantizeLinear", weight, scales, axis=node.integer("axis"))
+        self._record(node.name, "int8", codes.size, weight, scale)
+        scales = b.constant("weight_scale", scale.reshape(-1) if scale.size > 1 else scale[0, 0])
+        return b.op("DequantizeLinear", weight, scales, axis=0)
+
+    def matrix(self, b: Builder, node: Node) -> ir.Value:
+        weight = affine(node)
+        codes, group_size = numpy_of(weight.codes), group_size_of(weight)
+        return self._matrix(b, node.name, codes, scale_of(node), weight.bits, group_size, inputs_axis=1)
 
     def embedding(self, b: Builder, node: Node) -> ir.Value:
-        codes, scale, bits = node.needed(0), node.needed(1), node.integer("bits")
-        table = self._matrix(b, node.string("name"), codes, scale, bits, -1, inputs_axis=1)
-        return b.op("Gather", table, node.value(3), axis=0)
-
-    def dequantize(self, b: Builder, node: Node) -> ir.Value:
-        codes, scale, bits = node.needed(0), node.needed(1), node.integer("bits")
-        return self._matrix(b, b.scope, codes, scale, bits, group_size_of(node, scale), inputs_axis=1)
+        weight = affine(node)
+        codes = numpy_of(weight.codes)
+        table = self._matrix(b, node.name, codes, scale_of(node), weight.bits, -1, inputs_axis=1)
+        return b.op("Gather", table, node.value(1), axis=0)
 
     def _matrix(
         self, b: Builder, layer: str, codes: Array, scale: Array, bits: int, group_size: int, inputs_axis: int
@@ -114,9 +121,20 @@ class TensorRTDialect(Dialect):
         self.layers.append(LoweredLayer(layer, kind, 8 * written / weights, str(stored.name)))
 
 
-def group_size_of(node: Node, scale: Array) -> int:
-    """The node's group_size; -1 when a row has only one scale [out or 1, 1]."""
-    return node.integer("group_size") if scale.shape[1] > 1 else -1
+def affine(node: Node) -> AffineWeight:
+    """The node's weight; the backend refuses before what is no AffineWeight along the inputs."""
+    assert isinstance(node.weight, AffineWeight)
+    return node.weight
+
+
+def scale_of(node: Node) -> Array:
+    """The scale [out or 1, groups] of the node's weight."""
+    return numpy_of(affine(node).scale)
+
+
+def group_size_of(weight: AffineWeight) -> int:
+    """Its group_size; -1 when a row has only one scale [out or 1, 1]."""
+    return weight.group_size if weight.scale.shape[1] > 1 else -1
 
 
 def fit_blocks(codes: Array, scale: Array, group_size: int) -> tuple[Array, Array, int]:
@@ -144,9 +162,9 @@ def repeat_channel_scale(scale: Array, columns: int) -> tuple[Array, int]:
     return (np.repeat(scale, columns // block, axis=1), block) if block > 0 else (scale, -1)
 
 
-def is_int4(codes: Array, bits: int) -> bool:
+def is_int4(codes: Array | Tensor, bits: int) -> bool:
     """True when codes of this width go into an int4 tensor."""
-    return bits <= 4 and codes.size % 2 == 0
+    return bits <= 4 and math.prod(codes.shape) % 2 == 0
 
 
 def container(b: Builder, codes: Array, bits: int) -> tuple[str, ir.Value]:

@@ -5,6 +5,7 @@ The bundle is written without TensorRT; it can be carried to the machine with th
 """
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
@@ -17,15 +18,15 @@ from exporter.backends.tensorrt.dialect import TensorRTDialect
 from exporter.backends.tensorrt.profiles import choose_profiles
 from exporter.lowering.fuse import fuse
 from exporter.lowering.lowered import Lowered
-from exporter.lowering.ops import CONV_WEIGHT, EMBEDDING, LINEAR
+from exporter.lowering.ops import LINEAR
 from exporter.lowering.to_onnx import expand, export, save
 from passes.base import Program, TargetRules
 from passes.graph import get_tensor, inputs_of
-from passes.ops import DEQUANTIZE, FAKE_QUANTIZE, FAKE_QUANTIZE_DYNAMIC
+from passes.ops import FAKE_QUANTIZE, FAKE_QUANTIZE_DYNAMIC
+from passes.weights import CodebookWeight, QuantWeight
 from runtimes.base import Artifact
 
-ZERO_POINT_ARGUMENT = {LINEAR: 3, CONV_WEIGHT: 2, EMBEDDING: 2, DEQUANTIZE: 2}
-TOKEN_BITS_ARGUMENT = 7  # of LINEAR
+TOKEN_BITS_ARGUMENT = 3  # of LINEAR
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,12 +54,12 @@ class TensorRTBackend(Backend):
         all that is not quantized stay float. So `simulated` is the lowered graph itself.
         """
         fused = fuse(program, block_quantizes_input=False, narrow_conv_input=True)
-        refused = {**fused.refused, **refusals(fused.graph)}
+        refused = {**fused.refused, **weight_refusals(fused.weights), **refusals(fused.graph)}
         if refused:
             raise LoweringError(self.name, refused)
         model = export(fused.graph, program.calibration.example(), program.dynamic, program.output_names)
         dialect = TensorRTDialect()
-        taps = expand(model, dialect)
+        taps = expand(model, dialect, fused.weights)
         save(model, folder / MODEL)
         inputs = tuple(str(node.target) for node in inputs_of(fused.graph))
         layers = tuple(dialect.layers)
@@ -67,15 +68,25 @@ class TensorRTBackend(Backend):
         return Lowered(artifact, fused.graph, fused.graph, layers, taps)
 
 
+def weight_refusals(weights: Mapping[str, QuantWeight]) -> dict[str, str]:
+    """{layer: why} of the quantized weights that TensorRT has no form for."""
+    refused: dict[str, str] = {}
+    for layer, weight in weights.items():
+        if isinstance(weight, CodebookWeight):
+            refused[layer] = "TensorRT has no codebooks; use gptq:bits=4"
+        elif weight.axis != 1:
+            refused[layer] = "TensorRT has no groups along the outputs; use axis=1"
+        elif weight.zero_point is not None:
+            refused[layer] = "TensorRT has no weights with a zero point; use symmetric=true"
+    return refused
+
+
 def refusals(graph: fx.GraphModule) -> dict[str, str]:
-    """{layer or value: why} of everything in a lowered graph that TensorRT cannot express."""
+    """{layer or value: why} of the activations in a lowered graph that TensorRT cannot express."""
     refused: dict[str, str] = {}
     for node in graph.graph.nodes:
-        if node.target in ZERO_POINT_ARGUMENT:
-            if node.args[ZERO_POINT_ARGUMENT[node.target]] is not None:
-                refused[_layer(node)] = "TensorRT has no weights with a zero point; use symmetric=true"
-            elif node.target is LINEAR and node.args[TOKEN_BITS_ARGUMENT]:
-                refused[_layer(node)] = "TensorRT has no per-token activations; use act-quant:mode=static"
+        if node.target is LINEAR and node.args[TOKEN_BITS_ARGUMENT]:
+            refused[str(node.args[-1])] = "TensorRT has no per-token activations; use act-quant:mode=static"
         elif node.target is FAKE_QUANTIZE_DYNAMIC:
             refused[str(node.args[0])] = "TensorRT has no per-token activations; use act-quant:mode=static"
         elif node.target is FAKE_QUANTIZE:
@@ -93,10 +104,3 @@ def _activation_refusal(graph: fx.GraphModule, node: fx.Node) -> str:
     if torch.count_nonzero(get_tensor(graph, zero_point)) or low < -128 or high > 127:
         return f"TensorRT has no activations with a zero point or codes {low} to {high}; use act-quant:symmetric=true"
     return ""
-
-
-def _layer(node: fx.Node) -> str:
-    """The name of the layer that a lowered node belongs to."""
-    if node.target is not DEQUANTIZE:
-        return str(node.args[-1])
-    return str(node.args[0]).removesuffix("_weight_codes")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from exporter.backends.base import LoweringError
-from exporter.backends.onnx_qdq.dialect import kernel_block, two_in_a_byte
+from exporter.backends.onnx_qdq.forms import kernel_block
 from exporter.backends.onnx_qdq.lower import OnnxBackend
 from exporter.lowering import to_onnx
 from passes.act_quant import ActQuant
@@ -205,6 +205,7 @@ def test_linear_layers_run_on_integers_whatever_surrounds_them(
 
 
 BLOCKS = "MatMulNBits"
+NIBBLES = "int4 cast at load to int8"
 FLOAT = "MatMul"
 INTEGER = "MatMulIntegerToFloat"
 TOKEN = "MatMulInteger"
@@ -218,21 +219,27 @@ FORMS: dict[str, tuple[tuple[Pass, ...], dict[str, tuple[Options, str, str]]]] =
             "w4_g64": ({"bits": 4, "group_size": 64}, "int4", BLOCKS),
             "w4_g128": ({"bits": 4, "group_size": 128}, "int4", BLOCKS),
             "w4_g48_in_blocks_of_16": ({"bits": 4, "group_size": 48}, "int4", BLOCKS),
-            "w4_g24_no_block": ({"bits": 4, "group_size": 24}, "int4 folded at load", FLOAT),
-            "w4_g33_ragged": ({"bits": 4, "group_size": 33}, "int4 folded at load", FLOAT),
+            "w4_g24_no_block": ({"bits": 4, "group_size": 24}, "int4 decoded at load to int8 blocks of 128", BLOCKS),
+            "w4_g33_ragged": ({"bits": 4, "group_size": 33}, "int4 decoded at load to int8 blocks of 128", BLOCKS),
             "w4_channel": ({"bits": 4}, "int4", BLOCKS),
             "w4_tensor": ({"bits": 4, "group_size": 0}, "int4", BLOCKS),
-            "w3_g32": ({"bits": 3, "group_size": 32}, "int4", BLOCKS),
-            "w2_g32": ({"bits": 2, "group_size": 32}, "int4", BLOCKS),
+            "w3_g32": ({"bits": 3, "group_size": 32}, "int3 decoded at load to uint4", BLOCKS),
+            "w2_g32": ({"bits": 2, "group_size": 32}, "int2 decoded at load to uint4", BLOCKS),
             "w8_channel": ({}, "int8", BLOCKS),
             "w8_g32": ({"group_size": 32}, "int8", BLOCKS),
             "w8_tensor": ({"group_size": 0}, "int8", BLOCKS),
+            "w8_g24_no_block": ({"group_size": 24}, "int8 folded at load", FLOAT),
+            "w8_g33_ragged": ({"group_size": 33}, "int8 folded at load", FLOAT),
             "u4_g32": ({"bits": 4, "group_size": 32, "symmetric": False}, "uint4", BLOCKS),
             "u4_g48": ({"bits": 4, "group_size": 48, "symmetric": False}, "uint4", BLOCKS),
             "u4_channel": ({"bits": 4, "symmetric": False}, "uint4", BLOCKS),
             "u4_tensor": ({"bits": 4, "group_size": 0, "symmetric": False}, "uint4", BLOCKS),
             "u4_g16": ({"bits": 4, "group_size": 16, "symmetric": False}, "uint4", BLOCKS),
-            "u4_g20_ragged": ({"bits": 4, "group_size": 20, "symmetric": False}, "uint4 folded at load", FLOAT),
+            "u4_g20_ragged": (
+                {"bits": 4, "group_size": 20, "symmetric": False},
+                "uint4 decoded at load to int8 blocks of 128",
+                BLOCKS,
+            ),
             "u8_channel": ({"symmetric": False}, "uint8", BLOCKS),
             "u8_tensor": ({"group_size": 0, "symmetric": False}, "uint8", BLOCKS),
         },
@@ -242,22 +249,22 @@ FORMS: dict[str, tuple[tuple[Pass, ...], dict[str, tuple[Options, str, str]]]] =
         {
             "w8_channel": ({}, "int8", INTEGER),
             "w8_tensor": ({"group_size": 0}, "int8", INTEGER),
-            "w4_channel": ({"bits": 4}, "int8", INTEGER),
-            "w4_tensor": ({"bits": 4, "group_size": 0}, "int8", INTEGER),
+            "w4_channel": ({"bits": 4}, NIBBLES, INTEGER),
+            "w4_tensor": ({"bits": 4, "group_size": 0}, NIBBLES, INTEGER),
             "w4_g32": ({"bits": 4, "group_size": 32}, "int4", BLOCKS),
             "u8_channel": ({"symmetric": False}, "int8", INTEGER),
             "u8_tensor": ({"group_size": 0, "symmetric": False}, "int8", INTEGER),
-            "u4_channel": ({"bits": 4, "symmetric": False}, "int8", INTEGER),
+            "u4_channel": ({"bits": 4, "symmetric": False}, "uint4 cast at load to int8", INTEGER),
         },
     ),
     "static symmetric": ((ActQuant(symmetric=True),), {"w8": ({}, "int8", INTEGER)}),
-    "static 4 bits": ((ActQuant(bits=4),), {"w8": ({}, "int8", INTEGER), "w4": ({"bits": 4}, "int8", INTEGER)}),
+    "static 4 bits": ((ActQuant(bits=4),), {"w8": ({}, "int8", INTEGER), "w4": ({"bits": 4}, NIBBLES, INTEGER)}),
     "token": (
         (ActQuant(mode="token"),),
         {
             "w8_channel": ({}, "int8", TOKEN),
             "w8_tensor": ({"group_size": 0}, "int8", TOKEN),
-            "w4_channel": ({"bits": 4}, "int8", TOKEN),
+            "w4_channel": ({"bits": 4}, NIBBLES, TOKEN),
             "w4_g32": ({"bits": 4, "group_size": 32}, "int4", BLOCKS),
             "u8_channel": ({"symmetric": False}, "int8", TOKEN),
         },
@@ -284,8 +291,11 @@ def test_linear_formats(case: str, tmp_path: Path) -> None:
     for name, (_, stored, kernel) in forms.items():
         layer = layers[f"nets.{name}.first"]
         assert (layer.format, kernels[layer.name]) == (stored, kernel), name
-        assert tensors[layer.codes].data_type == CONTAINERS[stored.split()[0]], name
-        assert len(tensors[layer.codes].raw_data) == 128 * 96 * (4 if "int4" in stored else 8) // 8, name
+        if stored.split()[0] in CONTAINERS:
+            assert tensors[layer.codes].data_type == CONTAINERS[stored.split()[0]], name
+        codes = [t for name, t in tensors.items() if name == layer.codes or name.startswith(f"{layer.codes}_plane")]
+        width = int(stored.split()[0].removeprefix("u").removeprefix("int"))
+        assert sum(len(tensor.raw_data) for tensor in codes) == 128 * 96 * width // 8, name
     check(result, TOKENS)
 
 
@@ -374,9 +384,10 @@ def test_convolutions_run_on_integers(net: Callable[[], nn.Module], tmp_path: Pa
         "u4": {"bits": 4, "symmetric": False},
     }
     for name, layers in variants(tmp_path, net, options, ActQuant()).items():
-        assert layers.pop("head") == ("int8", INTEGER), name
+        stored = {"w4": NIBBLES, "u4": "uint4 cast at load to int8"}.get(name, "int8")
+        assert layers.pop("head") == (stored, INTEGER), name
         assert len(layers) >= 2
-        assert set(layers.values()) == {("int8", "QLinearConv")}, name
+        assert set(layers.values()) == {(stored, "QLinearConv")}, name
 
 
 @pytest.mark.parametrize("net", [Maps, Signal, Up], ids=["2d", "1d", "transposed"])
@@ -426,11 +437,6 @@ def test_embeddings_stay_packed(bits: int, symmetric: bool, tied: bool, tmp_path
     floats = [t for t in initializers(result.model).values() if t.data_type == TensorProto.FLOAT]
     assert max(np.prod(t.dims, dtype=int) for t in floats) <= 50  # no float table or weight is left
     check(result, (4, 9), optimized=40)  # rows of few codes sit on the ties of the block quantizer behind them
-
-
-def test_two_codes_share_a_byte() -> None:
-    codes = np.array([[-8, 0, 7], [1, 2, 3]], np.int8)
-    assert two_in_a_byte(codes, 8).tolist() == [[0 | 15 << 4, 8], [9 | 11 << 4, 10]]
 
 
 # ---- the file ------------------------------------------------------------------------------------------------------

@@ -1,0 +1,196 @@
+"""Subgraphs of constants that turn a stored weight into float: a runtime computes them once, when it loads the file.
+
+    matrix [out, in] of an AffineWeight      (codes - z) s, and s and z likewise where they are quantized themselves
+    matrix [in, out] of a CodebookWeight     Gather + Gather, scaled; its codes lie in the file as that needs them
+    blocks of 8 bits                         s = max|W| / 127 for each block of inputs, codes round(W / s)
+
+Values whose 16-bit form is exact are stored so.
+"""
+
+from collections.abc import Sequence
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+from torch import Tensor
+
+from exporter.backends.onnx_qdq.planes import cut, write_codes
+from exporter.lowering.to_onnx import Array, Builder, numpy_of, packed_int4
+from passes.ops import TINY_SCALE
+from passes.weights import AffineWeight, CodebookWeight
+
+ROUNDED_BLOCK = 128
+"""Inputs that share a scale where a weight is rounded again, to 8 bits."""
+
+ROUNDED_BITS = 8
+FLOAT = ir.DataType.FLOAT.value
+
+
+def floats(b: Builder, name: str, values: Array) -> ir.Value:
+    """A constant float32, stored in 16 bits where that loses nothing."""
+    values = np.ascontiguousarray(values, np.float32)
+    with np.errstate(over="ignore"):
+        half = values.astype(np.float16)
+    if values.size < 2 or not np.array_equal(half.astype(np.float32), values):
+        return b.constant(name, values)
+    return b.op("Cast", b.constant(name, half), to=FLOAT)
+
+
+def shaped(b: Builder, value: ir.Value, shape: Sequence[int]) -> ir.Value:
+    """The value in another shape."""
+    return b.op("Reshape", value, b.constant("shape", np.array(shape, np.int64)))
+
+
+def padded(b: Builder, value: ir.Value, axis: int, count: int) -> ir.Value:
+    """A matrix with `count` zeros behind the end of an axis."""
+    pads = [0, 0, count, 0] if axis == 0 else [0, 0, 0, count]
+    return b.op("Pad", value, b.constant("pads", np.array(pads, np.int64)))
+
+
+def lowest_code(weight: AffineWeight) -> int:
+    """What the unsigned form of the codes has more: 0 for unsigned ones."""
+    return -(2 ** (weight.bits - 1)) if weight.zero_point is None else 0
+
+
+def unsigned(weight: AffineWeight) -> Array:
+    """The codes from 0 up."""
+    return (numpy_of(weight.codes).astype(np.int16) - lowest_code(weight)).astype(np.uint8)
+
+
+def integers(b: Builder, name: str, weight: AffineWeight, codes: Array) -> tuple[ir.Value, int]:
+    """The codes [rows, columns] of the weight, in an order of the caller's, as packed as can be; and what to take off.
+
+    4 and 8 bits as tensors of that type, other widths as bit planes of what they are above the lowest code.
+    """
+    if weight.bits == 4:
+        return b.constant(name, packed_int4(codes, name, signed=codes.dtype == np.int8)), 0
+    if weight.bits == 8:
+        return b.constant(name, codes), 0
+    low = lowest_code(weight)
+    return write_codes(b, name, (codes.astype(np.int16) - low).astype(np.uint8), weight.bits), -low
+
+
+def grid_values(
+    b: Builder, name: str, values: Tensor | None, quantized: AffineWeight | None, shape: Sequence[int]
+) -> ir.Value | None:
+    """Scales or zero points in a shape of the caller's, from their own codes where they have any."""
+    if values is None:
+        return None
+    if quantized is None:
+        return floats(b, name, numpy_of(values).reshape(shape))
+    return shaped(b, affine_matrix(b, name, quantized), shape)
+
+
+def affine_matrix(b: Builder, name: str, weight: AffineWeight) -> ir.Value:
+    """The float matrix [out, in] of the weight; `name` leads the names of its constants."""
+    rows, columns = weight.shape
+    codes = numpy_of(weight.codes)
+    groups = weight.scale.shape[weight.axis]
+    width = columns
+    if weight.axis == 0:
+        grouped, shape = [-1, weight.scale.shape[0], columns], [1, *weight.scale.shape]
+    elif groups > 1:
+        width = groups * weight.group_size
+        grouped, shape = [rows, groups, weight.group_size], [weight.scale.shape[0], groups, 1]
+    else:
+        grouped, shape = [], list(weight.scale.shape)
+    stored, offset = integers(b, f"{name}_codes", weight, codes)
+    value = b.op("Cast", stored, to=FLOAT)
+    if width > columns:  # a short last group is filled up
+        value = padded(b, value, 1, width - columns)
+    if grouped:
+        value = shaped(b, value, grouped)
+    if offset:
+        value = b.op("Sub", value, b.constant(f"{name}_offset", np.array(offset, np.float32)))
+    zero = grid_values(b, f"{name}_zero_point", weight.zero_point, weight.zero_codes, shape)
+    if zero is not None:
+        value = b.op("Sub", value, zero)
+    value = b.op("Mul", value, grid_values(b, f"{name}_scale", weight.scale, weight.scale_codes, shape))
+    if grouped:
+        value = shaped(b, value, [rows, width])
+    return value if width == columns else cut(b, value, columns, 1)
+
+
+def codebook_matrix(b: Builder, weight: CodebookWeight, *, scaled: bool = True) -> ir.Value:
+    """The float matrix transposed, [in, out]; without its scales where `scaled` is False."""
+    outs, ins, count = weight.codes.shape
+    _, _, og, ig = weight.codebooks.shape
+    blocks: ir.Value | None = None
+    for index in range(count):
+        entries = codebook_entries(b, weight, index)
+        name = "weight_codes" if index == 0 else f"weight_codes{index}"
+        codes = write_codes(b, name, numpy_of(weight.codes[:, :, index].t()), weight.codebook_bits)
+        picked = b.op("Gather", entries, b.op("Cast", codes, to=ir.DataType.INT32.value))  # [in / ig, out / og, og, ig]
+        blocks = picked if blocks is None else b.op("Add", blocks, picked)
+    assert blocks is not None
+    if scaled:
+        scales = codebook_scales(b, weight)
+        blocks = b.op("Mul", blocks, shaped(b, b.op("Transpose", scales, perm=[1, 0]), [-1, outs, 1, 1]))
+    if og == 1:  # nothing to move but the inputs of a block
+        blocks = b.op("Transpose", shaped(b, blocks, [ins, outs, ig]), perm=[0, 2, 1])
+    else:
+        blocks = b.op("Transpose", blocks, perm=[0, 3, 1, 2])
+    return shaped(b, blocks, [ins * ig, outs * og])
+
+
+def codebook_entries(b: Builder, weight: CodebookWeight, index: int) -> ir.Value:
+    """Codebook `index` [entries, og, ig]: its values, or its table and which of it each is."""
+    codebook, bits = numpy_of(weight.codebooks[index]), weight.codebook_value_bits
+    name = f"codebook{index}"
+    if not bits:
+        return floats(b, name, codebook)
+    return shaped(b, _from_table(b, name, codebook.reshape(1, -1), bits), codebook.shape)
+
+
+def codebook_scales(b: Builder, weight: CodebookWeight) -> ir.Value:
+    """The scales [out / og, 1 or in / ig]: values, or a table a row and which of it each is."""
+    scales = numpy_of(weight.scales)
+    if not weight.scale_bits or scales.shape[1] <= 2**weight.scale_bits:
+        return floats(b, "weight_scales", scales)
+    return _from_table(b, "weight_scales", scales, weight.scale_bits)
+
+
+def _from_table(b: Builder, name: str, values: Array, bits: int) -> ir.Value:
+    """Values [rows, n], at most 2^bits different ones in a row, as a table and codes."""
+    tables = np.zeros((len(values), 2**bits), np.float32)
+    codes = np.zeros(values.shape, np.uint32)
+    for row, line in enumerate(values):
+        found, codes[row] = np.unique(line, return_inverse=True)
+        tables[row, : found.size] = found
+    which = b.op("Cast", write_codes(b, f"{name}_codes", codes, bits), to=ir.DataType.INT32.value)
+    return b.op("GatherElements", floats(b, f"{name}_table", tables), which, axis=1)
+
+
+def rounded_blocks(b: Builder, matrix: ir.Value, rows: int, columns: int) -> tuple[ir.Value, ir.Value]:
+    """Codes int8 [in, out] and scales [in / 128, out] of the float matrix [in, out] rounded to 8 bits in blocks."""
+    blocks = -(-rows // ROUNDED_BLOCK)
+    whole = matrix
+    if rows % ROUNDED_BLOCK:
+        whole = padded(b, matrix, 0, blocks * ROUNDED_BLOCK - rows)
+    scale = _step(b, shaped(b, whole, [blocks, ROUNDED_BLOCK, columns]), 1)
+    kind = ir.DataType.INT8.value
+    codes = b.op("QuantizeLinear", matrix, scale, axis=0, block_size=ROUNDED_BLOCK, output_dtype=kind)
+    return codes, scale
+
+
+def rounded_channels(b: Builder, matrix: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """Codes int8 [out, in] and scale [out] of the float matrix [out, in] rounded to 8 bits, one scale a channel."""
+    scale = _step(b, matrix, 1)
+    return b.op("QuantizeLinear", matrix, scale, axis=0, output_dtype=ir.DataType.INT8.value), scale
+
+
+def _step(b: Builder, value: ir.Value, axis: int) -> ir.Value:
+    """max|value| / 127 along `axis`, without the float copy that Abs would make."""
+    along = b.constant("axis", np.array([axis], np.int64))
+    high = b.op("ReduceMax", value, along, keepdims=0)
+    low = b.op("Neg", b.op("ReduceMin", value, along, keepdims=0))
+    top = b.constant("top", np.array(2 ** (ROUNDED_BITS - 1) - 1, np.float32))
+    step = b.op("Div", b.op("Max", high, low), top)
+    return b.op("Max", step, b.constant("tiny_scale", np.array(TINY_SCALE, np.float32)))
+
+
+def as_nibbles(b: Builder, codes: Array) -> ir.Value:
+    """Codes of at most 4 bits as an int8 value, stored in 4."""
+    signed = codes.dtype == np.int8
+    packed = ir.tensor(codes.astype(ml_dtypes.int4 if signed else ml_dtypes.uint4))
+    return b.op("Cast", b.constant("weight_codes", packed), to=ir.DataType.INT8.value)
