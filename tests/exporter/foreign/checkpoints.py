@@ -52,14 +52,16 @@ def folder(path: Path, model: nn.Module, settings: Mapping[str, Any], pack: Pack
             continue
         shape = tuple(module.weight.shape if kind == "Linear" else module.weight.T.shape)
         layers[name] = pack((shape[0], shape[1]), generator)
-        with torch.no_grad():
-            module.weight.copy_(layers[name].matrix if kind == "Linear" else layers[name].matrix.T)
     (model.half() if half else model).save_pretrained(path)
     model.float()
+    for name, packed in layers.items():
+        module = model.get_submodule(name)
+        with torch.no_grad():  # half would have rounded them
+            module.weight.copy_(packed.matrix if type(module).__name__ == "Linear" else packed.matrix.T)
     state = load_file(path / "model.safetensors")
     for name, packed in layers.items():
         del state[f"{name}.weight"]
-        state |= {f"{name}.{part}": value for part, value in packed.parts.items()}
+        state |= {f"{name}.{part}": value.clone() for part, value in packed.parts.items()}
     save_file(state, path / "model.safetensors", metadata={"format": "pt"})
     configure(path, quantization_config=dict(settings))
     return Folder(path, layers, model)

@@ -82,7 +82,7 @@ def test_several_files(tmp_path: Path) -> None:
 
 
 def test_half_precision_runs_in_float32(tmp_path: Path) -> None:
-    written = folder(tmp_path, llama(), gptq_settings(4), gptq(4), half=True)
+    written = folder(tmp_path, opt(), gptq_settings(4), gptq(4), half=True)
     loaded = load_model(tmp_path)
     assert loaded.module is not None
     assert {parameter.dtype for parameter in loaded.module.parameters()} == {torch.float32}
