@@ -174,11 +174,12 @@ def codebook_kernels(
             most_rows=most_rows,
         )
 
+    run = 4 if in_group % 8 else 8
     kernels = [kernel("codebook_gemv", 16, 8, 256, most_rows=8)]
     if codebook_bits <= 8 and num_codebooks * 2**codebook_bits * out_group <= LARGEST_TABLE:
         kernels.append(kernel("codebook_lookup", 1024 * out_group, 1, 256, most_rows=1))
     kernels += [kernel("codebook_tiled", 64, rows, 4 * rows, TILE_ROWS=rows) for rows in TILE_ROWS]
-    return (*kernels, kernel("codebook_decode", 16, 1024, 256))
+    return (*kernels, kernel("codebook_decode", 16, 256 * run, 256))
 
 
 def _meta(name: str, quantized: bool) -> tuple[str, ...]:

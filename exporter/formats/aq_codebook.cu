@@ -9,12 +9,13 @@
 // and ALIGNED_CODES (16 bytes divide the codes of an output group).
 // Parameters: inputs, sizes, output. A scale per output is applied to the finished sum.
 //
-// Where IN_GROUP divides by 4, four neighbouring weights of a row lie in one entry and are read at once.
+// Weights are decoded in runs of neighbours in a row; where IN_GROUP divides by the run it lies in one entry.
 
 #define QUADS (IN_GROUP % 4 == 0)
 #define ENTRIES (1 << BITS)
 #define BOOK_SIZE (NUM_CODEBOOKS * ENTRIES * OUT_GROUP * IN_GROUP)
-#define QUAD_CODES (QUADS ? NUM_CODEBOOKS : 4 * NUM_CODEBOOKS)  // codes behind four neighbouring weights of a row
+#define RUN (IN_GROUP % 8 == 0 ? 8 : 4)  // weights that a thread decodes at once, but for the GEMV's fragments of 4
+#define RUN_CODES (QUADS ? NUM_CODEBOOKS : 4 * NUM_CODEBOOKS)
 
 #if BITS <= 8
 typedef u8 Code;
@@ -43,46 +44,63 @@ DEVICE const u16 *place_codebooks(u16 *shared, bool fits, const u16 *codebooks, 
     return shared;
 }
 
-// The codes behind weights [o, column .. column + 3]; `column` divides by 4, o < out.
-DEVICE void load_codes(u16 (&found)[QUAD_CODES], const Code *codes, int o, int column, int columns) {
+// The codes behind a run of weights of output o from `column` on, a multiple of the run; o < out.
+DEVICE void load_codes(u16 (&found)[RUN_CODES], const Code *codes, int o, int column, int columns) {
 #pragma unroll
-    for (int i = 0; i < QUAD_CODES; i++) {
+    for (int i = 0; i < RUN_CODES; i++) {
         int at = column + i / NUM_CODEBOOKS;
         long long entry = (long long)(o / OUT_GROUP) * (columns / IN_GROUP) + at / IN_GROUP;
         found[i] = at < columns ? codes[entry * NUM_CODEBOOKS + i % NUM_CODEBOOKS] : 0;
     }
 }
 
-// Four weights of one codebook as they are stored.
-DEVICE uint2 entry_of(const u16 *books, int book, int code, int o, int column) {
-    const u16 *entry = books + ((book * ENTRIES + code) * OUT_GROUP + o % OUT_GROUP) * IN_GROUP;
-    return *(const uint2 *)(entry + column % IN_GROUP);
+// Where the weights of a code lie that stand at (o, column).
+DEVICE const u16 *entry_of(const u16 *books, int book, int code, int o, int column) {
+    return books + ((book * ENTRIES + code) * OUT_GROUP + o % OUT_GROUP) * IN_GROUP + column % IN_GROUP;
 }
 
-// Weights [o, column .. column + 3], scaled per group where there are such scales; zero past the last column.
-DEVICE void decode(float (&w)[4], const u16 (&codes)[QUAD_CODES], const u16 *books, const u16 *scales, int o,
+// A run of weights, scaled per group where there are such scales; zero past the last column.
+template <int COUNT>
+DEVICE void decode(float (&w)[COUNT], const u16 (&codes)[RUN_CODES], const u16 *books, const u16 *scales, int o,
                    int column, int columns) {
 #pragma unroll
-    for (int c = 0; c < 4; c++) w[c] = 0.0f;
+    for (int c = 0; c < COUNT; c++) w[c] = 0.0f;
 #pragma unroll
     for (int m = 0; m < NUM_CODEBOOKS; m++) {
 #if QUADS
-        uint2 v = entry_of(books, m, codes[m], o, column);
-        w[0] += to_float(v.x), w[1] += to_float(v.x >> 16), w[2] += to_float(v.y), w[3] += to_float(v.y >> 16);
+        const u16 *entry = entry_of(books, m, codes[m], o, column);
+        u32 words[4];
+        if constexpr (COUNT == 8) {
+            uint4 v = *(const uint4 *)entry;
+            words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
+        } else {
+            uint2 v = *(const uint2 *)entry;
+            words[0] = v.x, words[1] = v.y;
+        }
+#pragma unroll
+        for (int c = 0; c < COUNT; c++) w[c] += to_float((u16)(words[c / 2] >> c % 2 * 16));
 #else
 #pragma unroll
-        for (int c = 0; c < 4; c++) {
-            int entry = (m * ENTRIES + codes[c * NUM_CODEBOOKS + m]) * OUT_GROUP + o % OUT_GROUP;
-            if (column + c < columns) w[c] += to_float(books[entry * IN_GROUP + (column + c) % IN_GROUP]);
-        }
+        for (int c = 0; c < COUNT; c++)
+            if (column + c < columns)
+                w[c] += to_float(*entry_of(books, m, codes[c * NUM_CODEBOOKS + m], o, column + c));
 #endif
     }
 #if GROUP_SCALES
     const u16 *row = scales + (long long)(o / OUT_GROUP) * (columns / IN_GROUP);
 #pragma unroll
-    for (int c = 0; c < 4; c++)
+    for (int c = 0; c < COUNT; c++)
         if (column + c < columns) w[c] *= to_float(row[(column + c) / IN_GROUP]);
 #endif
+}
+
+// Writes a run of weights, rounded.
+template <int COUNT>
+DEVICE void store_run(u16 *to, const float (&w)[COUNT]) {
+    if constexpr (COUNT == 8)
+        *(uint4 *)to = make_uint4(pack(w[0], w[1]), pack(w[2], w[3]), pack(w[4], w[5]), pack(w[6], w[7]));
+    else
+        *(uint2 *)to = make_uint2(pack(w[0], w[1]), pack(w[2], w[3]));
 }
 
 #ifdef CODEBOOK_GEMV
@@ -110,7 +128,7 @@ DEVICE void decode(float (&w)[4], const u16 (&codes)[QUAD_CODES], const u16 *boo
 #define COPIES (SLOTS / NUM_CODEBOOKS)
 #define BOOKS_FIT (!SLOTTED && BOOK_SIZE <= 20480)
 #define BOOK_ROOM (SLOTTED ? ENTRIES * 64 : BOOKS_FIT ? BOOK_SIZE : 8)
-#define TERMS (GROUP_SCALES || !QUADS ? 1 : NUM_CODEBOOKS)  // products a step: one a codebook, or one of decoded weights
+#define TERMS (GROUP_SCALES || !QUADS ? 1 : NUM_CODEBOOKS)  // products a step: one a codebook, or one of their sum
 
 // Codes of a lane's STEPS entries of one output, or nothing where they are loaded one by one.
 struct LaneCodes {
@@ -168,13 +186,13 @@ DEVICE uint2 weight_fragment(const LaneCodes &lane_codes, const Code *codes, con
     Slot slot(term, lane);  // the same at every step: computed once
     return *(const uint2 *)((const char *)books + lane_codes.code(step, slot.book) * 128 + slot.offset);
 #elif VECTOR_CODES && !GROUP_SCALES
-    return entry_of(books, term, lane_codes.code(step, term), o, column);
+    return *(const uint2 *)entry_of(books, term, lane_codes.code(step, term), o, column);
 #else
     if (column >= columns) return make_uint2(0, 0);
-    u16 found[QUAD_CODES];
+    u16 found[RUN_CODES];
     load_codes(found, codes, o, column, columns);
 #if QUADS && !GROUP_SCALES
-    return entry_of(books, term, found[term], o, column);
+    return *(const uint2 *)entry_of(books, term, found[term], o, column);
 #else
     float w[4];
     decode(w, found, books, scales, o, column, columns);
@@ -327,24 +345,24 @@ codebook_lookup(const u16 *x, const Code *codes, const u16 *codebooks, const u16
 #endif
 
 #ifdef CODEBOOK_TILED
-// TILE_ROWS rows and 64 outputs in a block; weights are decoded four at a time and rounded once to activations' type.
+// TILE_ROWS rows and 64 outputs in a block; weights are decoded a run at a time and rounded once to activations' type.
 
 #define OUTPUTS 64
-#define ITEMS (OUTPUTS * TILE_K / 4 / TILE_THREADS)
+#define ITEMS (OUTPUTS * TILE_K / RUN / TILE_THREADS)
 #define TILED_BOOKS_FIT (BOOK_SIZE <= 7168)
 
 struct CodebookWeights {
     const Code *codes;
     const u16 *books, *scales;
     int out, columns, first_output;
-    u16 found[ITEMS][QUAD_CODES];
+    u16 found[ITEMS][RUN_CODES];
 
     DEVICE_MEMBER int output_of(int item) const {
-        int output = first_output + (threadIdx.x + item * TILE_THREADS) / (TILE_K / 4);
+        int output = first_output + (threadIdx.x + item * TILE_THREADS) / (TILE_K / RUN);
         return output < out ? output : out - 1;
     }
     DEVICE_MEMBER static int column_of(int item) {
-        return (threadIdx.x + item * TILE_THREADS) % (TILE_K / 4) * 4;
+        return (threadIdx.x + item * TILE_THREADS) % (TILE_K / RUN) * RUN;
     }
 
     DEVICE_MEMBER void fetch(int first_column) {
@@ -355,11 +373,11 @@ struct CodebookWeights {
     DEVICE_MEMBER void store(u16 *tile, int first_column) const {
 #pragma unroll
         for (int i = 0; i < ITEMS; i++) {
-            float w[4] = {};
+            float w[RUN] = {};
             int column = first_column + column_of(i);
             if (column < columns) decode(w, found[i], books, scales, output_of(i), column, columns);
-            int at = tile_offset<OUTPUTS>((threadIdx.x + i * TILE_THREADS) / (TILE_K / 4), column_of(i));
-            *(uint2 *)(tile + at) = make_uint2(pack(w[0], w[1]), pack(w[2], w[3]));
+            int row = (threadIdx.x + i * TILE_THREADS) / (TILE_K / RUN);
+            store_run(tile + tile_offset<OUTPUTS>(row, column_of(i)), w);
         }
     }
 };
@@ -382,7 +400,7 @@ codebook_tiled(const u16 *x, const Code *codes, const u16 *codebooks, const u16 
 #endif
 
 #ifdef CODEBOOK_DECODE
-// weight [out, columns]: what a convolution needs. A block writes 16 outputs by 1024 columns, a thread four at a time.
+// weight [out, columns]: what a convolution needs. A block writes 16 outputs by 256 runs.
 
 #define DECODE_THREADS 256
 #define DECODE_OUTPUTS 16
@@ -392,22 +410,23 @@ KERNEL(DECODE_THREADS)
 codebook_decode(const Code *codes, const u16 *codebooks, const u16 *scales, int out, int columns, u16 *weight) {
     SHARED u16 shared_books[DECODE_BOOKS_FIT ? BOOK_SIZE : 8];
     const u16 *books = place_codebooks(shared_books, DECODE_BOOKS_FIT, codebooks, DECODE_THREADS);
-    int column = (blockIdx.y * DECODE_THREADS + threadIdx.x) * 4;
+    int column = (blockIdx.y * DECODE_THREADS + threadIdx.x) * RUN;
     for (int i = 0; i < DECODE_OUTPUTS; i++) {
         int o = blockIdx.x * DECODE_OUTPUTS + i;
         if (o >= out || column >= columns) break;
-        u16 found[QUAD_CODES];
-        float w[4];
+        u16 found[RUN_CODES];
+        float w[RUN];
         load_codes(found, codes, o, column, columns);
         decode(w, found, books, scales, o, column, columns);
-        float scale = EPILOGUE_SCALE(o);
+#pragma unroll
+        for (int c = 0; c < RUN; c++) w[c] *= EPILOGUE_SCALE(o);
         u16 *to = weight + (long long)o * columns + column;
-        if (columns % 4 == 0) {
-            *(uint2 *)to = make_uint2(pack(w[0] * scale, w[1] * scale), pack(w[2] * scale, w[3] * scale));
+        if (columns % RUN == 0) {
+            store_run(to, w);
         } else {
 #pragma unroll
-            for (int c = 0; c < 4; c++)
-                if (column + c < columns) to[c] = from_float(w[c] * scale);
+            for (int c = 0; c < RUN; c++)
+                if (column + c < columns) to[c] = from_float(w[c]);
         }
     }
 }

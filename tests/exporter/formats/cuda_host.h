@@ -117,7 +117,8 @@ inline u16 half_bits(float value) {
     if (magnitude >= 65520.0f) return sign | 0x7c00;
     int exponent;
     std::frexp(magnitude, &exponent);
-    if (exponent < -13 || magnitude == 0) return sign | (u16)std::nearbyint(std::ldexp(magnitude, 24));  // may round up to 2^-14
+    if (exponent < -13 || magnitude == 0)  // a subnormal, or rounded up to 2^-14, the bits of which come next
+        return sign | (u16)std::nearbyint(std::ldexp(magnitude, 24));
     // 11 bits of mantissa, their top bit added to the exponent; a carry out of them goes there by itself.
     return sign | (u16)((exponent + 13) * 1024 + (int)std::nearbyint(std::ldexp(magnitude, 11 - exponent)));
 }

@@ -2,13 +2,15 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
+import torch
 
+from exporter.formats.int3_hqq import pack_codes
 from exporter.gpu_kernels import Dtype, GpuKernel, int3_kernels
 from tests.exporter.formats.cuda_host import build, needs_compiler, run
 from tests.exporter.formats.kernel_problems import Problem, int3_problem
-
-pytestmark = needs_compiler
+from tests.exporter.formats.kernel_problems import pack_codes as words_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +58,12 @@ CASES = {
 }
 
 
+def test_the_words_are_those_of_the_format() -> None:
+    codes = np.random.default_rng(0).integers(0, 8, (23, 12), dtype=np.uint8)
+    assert np.array_equal(words_of(codes), pack_codes(torch.from_numpy(codes)).numpy())
+
+
+@needs_compiler
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_a_kernel_multiplies_by_what_the_words_stand_for(case: Case) -> None:
     for shape in case.shapes:
