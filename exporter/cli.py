@@ -78,6 +78,7 @@ def cli() -> None:
 @click.option("--skip", multiple=True, metavar="GLOB", help="Layers to leave in float; may be repeated.")
 @click.option("--recipe", type=click.Path(path_type=Path), metavar="FILE", help="These options, as TOML.")
 @click.option("--provider", metavar="cpu|cuda|tensorrt", help="Where onnxruntime runs. [default: cpu]")
+@click.option("--weights-as", metavar="auto|fast|compact", help="How ONNX stores weights. [default: auto]")
 @click.option("--trt-flavor", metavar="auto|tensorrt|rtx", help="Which TensorRT builds. [default: auto]")
 @click.option("--trt-arch", metavar="LIST", help="GPU architectures of an rtx engine: sm80,sm89.")
 @click.option("--trt-profile", "trt_profiles", multiple=True, metavar="NAME=MIN/OPT/MAX", help="Shapes to build for.")

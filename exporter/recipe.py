@@ -21,8 +21,18 @@ from typing import Any, Literal
 from exporter.budget_terms import parse_budget
 from exporter.errors import InputError
 from exporter.gates import parse_gate
+from exporter.lowering.lowered import WeightsAs
 from exporter.options import convert, nearest, shown
-from exporter.recipe_values import Dynamic, InputSpec, Profiles, parse_dynamic, parse_input, parse_profile, parse_size, shape_text
+from exporter.recipe_values import (
+    Dynamic,
+    InputSpec,
+    Profiles,
+    parse_dynamic,
+    parse_input,
+    parse_profile,
+    parse_size,
+    shape_text,
+)
 from exporter.report import Json
 from exporter.specs import NO_PASSES, join_specs, option_types, parse_passes
 from passes.base import LayerRule, Pass
@@ -54,6 +64,7 @@ class Recipe:
 
     passes: str | None = None
     target: tuple[Target, ...] = ("onnx",)
+    weights_as: WeightsAs = "auto"
     trt_flavor: Flavor = "auto"
     trt_arch: tuple[str, ...] = ()
     trt_profiles: Profiles = dataclasses.field(default_factory=dict)
@@ -224,7 +235,7 @@ def _layer_rule(entry: Any) -> LayerRule:
 
 def _checked_layers(rules: Sequence[LayerRule], passes: Sequence[Pass]) -> tuple[LayerRule, ...]:
     """The rules with their options as the passes' own types."""
-    known: dict[str, Any] = {}
+    known: dict[str, Any] = {"weights_as": WeightsAs}
     for work in passes:
         known |= option_types(type(work))
     checked = []

@@ -6,7 +6,7 @@
     passes     [{name, options, inserted, changed: [name], skipped: [{node, why}], measured: {figure: value}}]
     layers     [{name, kind, format, bits_per_weight, params, weight_sqnr_db,
                  output_sqnr_db: {own, accumulated, onnxruntime, onnxruntime_vs_eager_quantized},
-                 cosine, max_abs, kernel, evidence: see Evidence, causes: [{kind, why}]}]
+                 cosine, max_abs, kernel, why, evidence: see Evidence, causes: [{kind, why}]}]
     outputs    {runtime: {output: figures}}          runtimes: eager_quantized, onnxruntime, tensorrt
     parity     {run: {output: figures}}              runs: onnxruntime, onnxruntime_unoptimized, tensorrt
     metrics    {name: {reference, eager_quantized, onnxruntime, tensorrt}}
@@ -138,6 +138,7 @@ class LayerDiff:
     format           of the stored weight: float32, int8_channel, int4_group, ...
     bits_per_weight  bytes really stored (codes, scales, zero points) * 8 / params
     params           entries of the weight
+    why              the reason for that format, where there was a choice
     """
 
     name: str
@@ -152,6 +153,7 @@ class LayerDiff:
     kernel: str | None = None
     evidence: Evidence | None = None
     causes: tuple[Cause, ...] = ()
+    why: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

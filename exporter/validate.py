@@ -149,6 +149,7 @@ def _layer_diff(
         cosine=figures.cosine,
         max_abs=figures.max_abs,
         kernel=kernel,
+        why=stored.why if stored else "",
     )
 
 

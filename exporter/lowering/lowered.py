@@ -2,10 +2,14 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Literal
 
 from torch import fx
 
 from runtimes.base import Artifact
+
+WeightsAs = Literal["auto", "fast", "compact"]
+"""What a file's weights are stored for: the fastest kernel and a small file, the kernel alone, any runtime."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """A report as markdown, short enough for a comment on a pull request."""
 
+import collections
 from collections.abc import Sequence
 
 from exporter.render.sensitivity_text import sensitivity_headings, sensitivity_rows
@@ -115,7 +116,18 @@ def _layers(report: Report) -> str:
     title = f"**Worst layers** ({len(shown)} of {known})"
     used = ", ".join(f"{name} {number}" for name, number in kernels(report.layers).items())
     parts = [title, _table(headings, rows, "llrrrrll")] if rows else []
-    return "\n\n".join([*parts, f"Kernels: {_cell(_text(used))}"] if used else parts)
+    parts += [f"Kernels: {_cell(_text(used))}"] if used else []
+    return "\n\n".join(parts + _forms(report))
+
+
+def _forms(report: Report) -> list[str]:
+    """How the weights are stored, and why so."""
+    found = collections.Counter((layer.format, layer.why) for layer in report.layers if layer.why)
+    lines = [
+        f"- {_cell(_text(form))} ({plural(count, 'layer')}): {_cell(_text(why))}"
+        for (form, why), count in found.most_common()
+    ]
+    return ["Weights:", "\n".join(lines)] if lines else []
 
 
 def _sensitivity(report: Report) -> str:

@@ -23,12 +23,12 @@ from torch import fx
 
 from exporter.backends.onnx_qdq.decode import ROUNDED_BITS, ROUNDED_BLOCK
 from exporter.lowering.fuse import has_whole_zeros, is_narrow, on_channel_grid, put_behind
+from exporter.lowering.lowered import WeightsAs
 from exporter.lowering.ops import CONV_WEIGHT, EMBEDDING, LINEAR, MATRIX
 from passes.graph import tidy
 from passes.ops import FAKE_QUANTIZE_DYNAMIC
 from passes.weights import AffineWeight, CodebookWeight, QuantWeight
 
-WeightsAs = Literal["auto", "fast", "compact"]
 Kernel = Literal["integer", "blocks", "rounded", "rows", "float"]
 Storage = Literal["direct", "decoded", "function"]
 

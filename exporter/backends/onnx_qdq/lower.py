@@ -10,10 +10,10 @@ from torch import fx
 
 from exporter.backends.base import Backend, LoweringError
 from exporter.backends.onnx_qdq.dialect import OnnxRuntimeDialect
-from exporter.backends.onnx_qdq.forms import Form, WeightsAs, choose_forms, input_block, round_again
+from exporter.backends.onnx_qdq.forms import Form, choose_forms, input_block, round_again
 from exporter.backends.onnx_qdq.grids import whole_zeros
 from exporter.lowering.fuse import fuse, has_whole_zeros
-from exporter.lowering.lowered import Lowered
+from exporter.lowering.lowered import Lowered, WeightsAs
 from exporter.lowering.ops import CONV_WEIGHT, LINEAR, MARK
 from exporter.lowering.to_onnx import expand, export, save
 from passes.act_quant import ACTIVATIONS

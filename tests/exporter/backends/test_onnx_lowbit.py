@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from exporter.backends.onnx_qdq.decode import ROUNDED_BLOCK
-from exporter.backends.onnx_qdq.forms import WeightsAs
 from exporter.backends.onnx_qdq.lower import OnnxBackend
 from exporter.kernels import optimized_kernels
+from exporter.lowering.lowered import WeightsAs
 from passes.base import Program
 from passes.graph import tidy, weight_of
 from passes.weight_nodes import write_weight
