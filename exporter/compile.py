@@ -144,7 +144,7 @@ def _compile(
     recipe = recipe.for_model(quantized=bool(loaded.weights))
     with threads(recipe.threads):
         clock.stage("capture")
-        backends = [backend_for(target, recipe.trt_arch) for target in recipe.target]
+        backends = [backend_for(target, recipe.trt_arch, recipe.weights_as) for target in recipe.target]
         prepared = prepare(loaded, recipe, given)
         pipeline = Pipeline(recipe.parsed_passes, PASSES)
         damaged: list[str] = []
