@@ -1,6 +1,7 @@
 // The host's version of device.cu: a kernel runs on the CPU, block after block, each CUDA thread on its own stack.
 //
-// A thread runs until it waits at a barrier, then the next one does; threads of a warp meet in shuffles and products.
+// A thread runs until it waits at a barrier, then the next one does, or the one before: what differs between the two
+// orders lacks a barrier. Threads of a warp meet in shuffles and products.
 // A block whose threads do not all reach a barrier stops the process with a message. Rounding is the GPU's (to nearest
 // even); the sums of a product are in float32, in the order of k.
 
@@ -45,6 +46,7 @@ static ucontext_t contexts[MOST_THREADS];
 static jmp_buf scheduler, threads[MOST_THREADS];
 static bool started[MOST_THREADS], finished[MOST_THREADS];
 static int progress;
+static bool backwards;
 static Barrier block, warps[MOST_THREADS / 32];
 static Lane lanes[MOST_THREADS];
 static void (*body)(void **);
@@ -78,7 +80,7 @@ static void run_block(int count) {
         busy = false;
         progress = 0;
         for (int next = 0; next < count; next++) {
-            volatile int t = next;
+            volatile int t = backwards ? count - 1 - next : next;
             if (finished[t]) continue;
             busy = true;
             threadIdx = {t, 0, 0};
@@ -190,13 +192,14 @@ static void call(void (*kernel)(Parameters...), void **arguments, std::index_seq
     kernel(*(Parameters *)arguments[I]...);
 }
 
-// extern "C" name_on_host(pointers to the arguments, grid, threads of a block)
+// extern "C" name_on_host(pointers to the arguments, grid, threads of a block, whether the last thread goes first)
 #define HOST_ENTRY(name)                                                                        \
     template <class... Parameters>                                                              \
     static void name##_call(void (*)(Parameters...), void **arguments) {                        \
         call<Parameters...>(name, arguments, std::index_sequence_for<Parameters...>{});         \
     }                                                                                           \
-    extern "C" void name##_on_host(void **arguments, int x, int y, int threads) {               \
+    extern "C" void name##_on_host(void **arguments, int x, int y, int threads, int backwards) { \
+        host::backwards = backwards;                                                            \
         host::arguments = arguments;                                                            \
         host::body = [](void **from) { name##_call(name, from); };                              \
         for (int j = 0; j < y; j++)                                                             \
