@@ -80,13 +80,13 @@ def compile_model(
     """Compile a model in memory; `calibration` is {input: [n, ...]}, batches of that, or a function that gives either.
 
     `example_inputs` say the inputs' shapes and, for a mapping, their names; they calibrate where nothing else is given.
-    Raises QExportError.
+    A module is captured in eval mode, and has the modes it came with when this returns. Raises QExportError.
     """
     recipe = recipe or Recipe()
     if out is not None:
         recipe = dataclasses.replace(recipe, out=Path(out))
     if isinstance(model, nn.Module):
-        loaded = Loaded("module", Path(type(model).__name__), module=model.eval())
+        loaded = Loaded("module", Path(type(model).__name__), module=model)
     else:
         loaded = Loaded("exported", Path("program"), program=model)
     values = dict(example_inputs) if isinstance(example_inputs, Mapping) else dict(enumerate(example_inputs))
@@ -97,9 +97,22 @@ def compile_model(
     if loaded.module is not None and not recipe.inputs:
         recipe = dataclasses.replace(recipe, inputs=specs)
     output = OutputFolder(recipe.out, force=recipe.force)
-    with output as folder, faults():
+    with output as folder, faults(), _in_eval_mode(loaded.module):
         given = calibration if calibration is not None or recipe.calib is not None else [example_inputs]
         return _compile(loaded, recipe, folder, output.cache, Silent(), given).report
+
+
+@contextlib.contextmanager
+def _in_eval_mode(model: nn.Module | None) -> Iterator[None]:
+    """Every module of the model in eval mode, afterwards in its own again."""
+    modes = [(module, module.training) for module in model.modules()] if model is not None else []
+    if model is not None:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 @contextlib.contextmanager
