@@ -27,8 +27,8 @@ from passes.aq_rows import Rows
 GROUPS_AT_ONCE = 16
 """Groups of a block in a sweep."""
 
-SCORES_AT_ONCE = 1 << 18
-"""Costs held at once, vectors times entries: what fits into a core's cache."""
+SCORES_AT_ONCE = 1 << 19
+"""Costs held at once, vectors times entries: few enough for the caches."""
 
 PACKED_ENTRIES = 256
 """Largest codebook whose entries' numbers fit into the low bits of a cost without blurring it."""
@@ -128,6 +128,7 @@ def _search(
 ) -> Tensor:
     """The best codes [num_codebooks, n] found."""
     push = targets * -2
+    numbers = torch.arange(scratch.shape[1], dtype=torch.int32, device=scratch.device)
     beam = codes[None]  # [hypotheses, num_codebooks, n]
     for step, index in enumerate(order):
         counted = [m for m in order if m != index] if start else order[:step]
@@ -144,7 +145,7 @@ def _search(
                     if group.penalties is not None and inverse_square is not None:
                         base += group.penalties[counted].gather(1, hypothesis[counted]).sum(0) * inverse_square
             scores = group.scores(index, pull, inverse_square, scratch)
-            for value, entry in _smallest(scores, min(keep, scores.shape[1])):
+            for value, entry in _smallest(scores, min(keep, scores.shape[1]), numbers):
                 found.append((value + base, source, entry))
         beam = _best(beam, found, index, keep)
     return beam[0]
@@ -152,20 +153,23 @@ def _search(
 
 def _best(beam: Tensor, found: list[tuple[Tensor, int, Tensor]], index: int, keep: int) -> Tensor:
     """The `keep` cheapest of found (cost, hypothesis it extends, entry), as hypotheses with that entry put in."""
-    costs, entries = torch.stack([cost for cost, _, _ in found]), torch.stack([entry for _, _, entry in found])
-    chosen = (
-        costs.topk(min(keep, len(costs)), dim=0, largest=False).indices
-        if len(costs) > 1
-        else costs.new_zeros(costs.shape, dtype=torch.int64)
-    )
-    sources = torch.tensor([source for _, source, _ in found], device=beam.device)[chosen]  # [kept, n]
-    kept = beam.gather(0, sources[:, None].expand(-1, beam.shape[1], -1))
-    kept[:, index] = entries.gather(0, chosen)
+    sources = torch.tensor([source for _, source, _ in found], device=beam.device)
+    entries = torch.stack([entry for _, _, entry in found])
+    if len(found) <= keep:
+        kept = beam[sources]
+    else:
+        costs = torch.stack([cost for cost, _, _ in found])
+        chosen = costs.argmin(0, keepdim=True) if keep == 1 else costs.topk(keep, dim=0, largest=False).indices
+        kept = beam.gather(0, sources[chosen][:, None].expand(-1, beam.shape[1], -1))
+        entries = entries.gather(0, chosen)
+    kept[:, index] = entries
     return kept
 
 
-def _smallest(scores: Tensor, count: int) -> list[tuple[Tensor, Tensor]]:
+def _smallest(scores: Tensor, count: int, numbers: Tensor) -> list[tuple[Tensor, Tensor]]:
     """The `count` smallest of each line of scores [n, entries], which is overwritten: (cost [n], entry [n]).
+
+    numbers [entries] counts from 0, in int32.
 
     A search for the smallest value alone is many times as fast as one that says where it stands, so, where there is
     room, the entry's number takes the place of a cost's last bits.
@@ -175,9 +179,7 @@ def _smallest(scores: Tensor, count: int) -> list[tuple[Tensor, Tensor]]:
         best = scores.topk(count, dim=1, largest=False)
         return [(best.values[:, k], best.indices[:, k]) for k in range(count)]
     mask = (1 << (entries - 1).bit_length()) - 1
-    scores.view(torch.int32).bitwise_and_(~mask).bitwise_or_(
-        torch.arange(entries, dtype=torch.int32, device=scores.device)
-    )
+    scores.view(torch.int32).bitwise_and_(~mask).bitwise_or_(numbers)
     best_of = []
     for rank in range(count):
         value = scores.amin(1)
