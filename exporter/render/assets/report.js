@@ -142,13 +142,13 @@
   function unselect() {
     byId("detail").hidden = true;
     document.body.classList.remove("selecting");
-    if (rowOf.has(selected)) rowOf.get(selected).setAttribute("aria-selected", "false");
+    if (rowOf.has(selected)) rowOf.get(selected).setAttribute("aria-current", "false");
     selected = -1;
     if (layerChart) layerChart.redraw(false);
   }
 
   function mark(row, on) {
-    row.setAttribute("aria-selected", String(on));
+    row.setAttribute("aria-current", String(on));
     row.tabIndex = on ? 0 : -1;
     if (on) for (const other of rows) if (other !== row) other.tabIndex = -1;
   }

@@ -51,7 +51,7 @@ class Opened:
 
     def selected(self) -> list[str]:
         """The selected layer, by the table."""
-        return self.page.locator("#layer-table tr[aria-selected=true] td:first-child").all_text_contents()
+        return self.page.locator("#layer-table tr[aria-current=true] td:first-child").all_text_contents()
 
 
 @pytest.fixture
