@@ -314,7 +314,7 @@ def validate(
     layers = compare_layers(
         program, main, kernels, lambda done, total: progress.step("layers", done, total), layer_sums
     )
-    layers = explain(layers, gather(program), folded)
+    layers = explain(layers, gather(program, lambda done, total: progress.step("causes", done, total)), folded)
     return Report(
         model={},
         recipe={},

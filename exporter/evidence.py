@@ -16,7 +16,7 @@ noise of its own output when they are independent.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, fx
@@ -41,8 +41,11 @@ def few_batches(program: Program) -> Sequence[Batch]:
     return batches[: SAMPLES // LAYER_BATCH]
 
 
-def gather(program: Program) -> dict[str, Evidence]:
-    """{quantized layer: what was measured}; layers with float weights and float inputs are left out."""
+def gather(program: Program, progress: Callable[[int, int], None] = lambda done, total: None) -> dict[str, Evidence]:
+    """{quantized layer: what was measured}; layers with float weights and float inputs are left out.
+
+    `progress` is told (batches done, batches in all).
+    """
     twin = program.float_twin or program.graph
     twins = {layer.name: layer for layer in find_layers(twin)}
     quantized = {
@@ -51,7 +54,9 @@ def gather(program: Program) -> dict[str, Evidence]:
         if layer.name in twins and (is_quantized(layer) or _input_bits(layer) is not None)
     }
     runs = {name: _Runs(layer, channel_axis(layer, twins[name], twin)) for name, layer in quantized.items()}
-    for batch in few_batches(program):
+    batches = few_batches(program)
+    for index, batch in enumerate(batches):
+        progress(index, len(batches))
         floats, inputs = run_layers(twin, twins, batch)
         for name, layer in quantized.items():
             run, value = runs[name], inputs[name]

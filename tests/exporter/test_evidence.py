@@ -158,6 +158,12 @@ def test_few_samples_are_enough():
     assert sum(len(batch["x"]) for batch in few_batches(many)) == SAMPLES
 
 
+def test_progress_counts_batches():
+    seen: list[tuple[int, int]] = []
+    gather(program(RTN()), lambda done, total: seen.append((done, total)))
+    assert seen == [(0, 2), (1, 2)]
+
+
 def test_an_embedding_has_no_input_channels():
     class Words(nn.Module):
         def __init__(self) -> None:
