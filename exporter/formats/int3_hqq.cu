@@ -288,8 +288,8 @@ struct Int3Weights {
         }
     }
 
+    // A barrier of the block lies between a step's reads of `staged` and the next step's writes.
     DEVICE_MEMBER void store(u16 *tile, int first_column) {
-        WARP_BARRIER();
 #pragma unroll
         for (int item = 0; item < ITEMS; item++) {
             int row = (threadIdx.x + item * TILE_THREADS) / 32;

@@ -6,6 +6,7 @@
 // even); the sums of a product are in float32, in the order of k.
 
 #include <csetjmp>
+#include <csignal>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -47,6 +48,7 @@ static jmp_buf scheduler, threads[MOST_THREADS];
 static bool started[MOST_THREADS], finished[MOST_THREADS];
 static int progress;
 static bool backwards;
+static sigjmp_buf outside;
 static Barrier block, warps[MOST_THREADS / 32];
 static Lane lanes[MOST_THREADS];
 static void (*body)(void **);
@@ -100,6 +102,23 @@ static void run_block(int count) {
             std::abort();
         }
     }
+}
+
+// Runs a grid; false where a thread touched memory that it must not.
+static bool run_grid(int x, int y, int threads) {
+    struct sigaction handler = {}, before[2];
+    handler.sa_handler = [](int) { siglongjmp(outside, 1); };
+    sigaction(SIGSEGV, &handler, &before[0]);
+    sigaction(SIGBUS, &handler, &before[1]);
+    volatile bool inside = false;
+    if (sigsetjmp(outside, 1) == 0) {
+        for (int j = 0; j < y; j++)
+            for (int i = 0; i < x; i++) blockIdx = {i, j, 0}, run_block(threads);
+        inside = true;
+    }
+    sigaction(SIGSEGV, &before[0], nullptr);
+    sigaction(SIGBUS, &before[1], nullptr);
+    return inside;
 }
 
 inline float half_value(u16 bits) {
@@ -192,16 +211,16 @@ static void call(void (*kernel)(Parameters...), void **arguments, std::index_seq
     kernel(*(Parameters *)arguments[I]...);
 }
 
-// extern "C" name_on_host(pointers to the arguments, grid, threads of a block, whether the last thread goes first)
-#define HOST_ENTRY(name)                                                                        \
-    template <class... Parameters>                                                              \
-    static void name##_call(void (*)(Parameters...), void **arguments) {                        \
-        call<Parameters...>(name, arguments, std::index_sequence_for<Parameters...>{});         \
-    }                                                                                           \
-    extern "C" void name##_on_host(void **arguments, int x, int y, int threads, int backwards) { \
-        host::backwards = backwards;                                                            \
-        host::arguments = arguments;                                                            \
-        host::body = [](void **from) { name##_call(name, from); };                              \
-        for (int j = 0; j < y; j++)                                                             \
-            for (int i = 0; i < x; i++) blockIdx = {i, j, 0}, host::run_block(threads);         \
+// extern "C" name_on_host(pointers to the arguments, grid, threads of a block, whether the last thread goes first),
+// 1 where the kernel stayed inside of its memory
+#define HOST_ENTRY(name)                                                                            \
+    template <class... Parameters>                                                                  \
+    static void name##_call(void (*)(Parameters...), void **arguments) {                            \
+        call<Parameters...>(name, arguments, std::index_sequence_for<Parameters...>{});             \
+    }                                                                                               \
+    extern "C" int name##_on_host(void **arguments, int x, int y, int threads, int backwards) {     \
+        host::arguments = arguments;                                                                \
+        host::backwards = backwards;                                                                \
+        host::body = [](void **from) { name##_call(name, from); };                                  \
+        return host::run_grid(x, y, threads);                                                       \
     }

@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import mmap
 import shutil
 import subprocess
 import tempfile
@@ -48,20 +49,38 @@ def _compiled(source_name: str, entries: tuple[str, ...], defines: tuple[tuple[s
         shutil.rmtree(folder)
 
 
+def fenced(array: Array) -> Array:
+    """A copy that ends where its page does (within 16 bytes), between pages that nobody may touch."""
+    page = mmap.PAGESIZE
+    pages = -(-array.nbytes // page)
+    memory = mmap.mmap(-1, (pages + 2) * page)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    for fence in (start, start + (pages + 1) * page):
+        assert ctypes.CDLL(None, use_errno=True).mprotect(ctypes.c_void_p(fence), page, 0) == 0
+    offset = (pages + 1) * page - -(-array.nbytes // 16) * 16
+    copy = np.frombuffer(memory, np.uint8, array.nbytes, offset).view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
 def run(
     library: ctypes.CDLL, kernel: GpuKernel, arrays: Mapping[str, Array], sizes: Mapping[str, int], output: Array
 ) -> Array:
     """Launches a kernel of the library as the driver would, and returns what it wrote into a copy of `output`.
 
-    Fails when it writes something else where the threads of a block go backwards.
+    Fails when it touches other memory, or writes something else where the threads of a block go backwards.
     """
-    made, again = output.copy(), output.copy()
+    inputs = [fenced(arrays[name]) for name in kernel.inputs]
+    made, again = fenced(output), fenced(output)
     launch = kernel.launch(sizes["rows"], sizes["out"], ceil_div)
     for target, backwards in ((made, 0), (again, 1)):
-        values: list[ctypes.c_void_p | ctypes.c_int] = [ctypes.c_void_p(arrays[n].ctypes.data) for n in kernel.inputs]
+        values: list[ctypes.c_void_p | ctypes.c_int] = [ctypes.c_void_p(array.ctypes.data) for array in inputs]
         values += [ctypes.c_int(sizes[name]) for name in kernel.sizes]
         values.append(ctypes.c_void_p(target.ctypes.data))
         arguments = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
-        getattr(library, f"{kernel.entry}_on_host")(arguments, *launch.grid[:2], launch.block, backwards)
+        stayed_inside = getattr(library, f"{kernel.entry}_on_host")(
+            arguments, *launch.grid[:2], launch.block, backwards
+        )
+        assert stayed_inside, f"{kernel.entry} reads or writes outside of its arrays"
     assert made.tobytes() == again.tobytes(), f"{kernel.entry} lacks a barrier"
     return made
