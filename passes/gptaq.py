@@ -1,6 +1,6 @@
 """GPTQ with quantized activations: activations first, then the weights on what the quantized network feeds each layer.
 
-    1. act-quant puts fake-quant nodes on the float network, unless the graph has some already;
+    1. act-quant puts fake-quant nodes on the float network, unless the graph has some already, or act_bits is 0;
     2. gptq walks the layers. H = X^T X / n is that of the inputs as they arrive: rounded by the fake-quant node in
        front of the layer, and changed by every weight and activation quantized before it. With `asymmetric`, what it
        rounds is not the layer's weight but the one that best yields the float network's output from those inputs;
@@ -35,7 +35,7 @@ Activations = Literal["static", "rtn", "token", "reoptimize"]
 class GPTAQ(GPTQ):
     """Options of GPTQ, and of the activations.
 
-    act_bits     4 or 8
+    act_bits     8 or 4; 0: activations stay float, and the asymmetric term makes up for the weights rounded before
     activations  static: one range a tensor, of the least squared error on calibration data; rtn: one from the smallest
                  value to the largest; reoptimize: static, re-fitted after the weights by the output error of layers,
                  see passes.refit_ranges; token: each row's own range at run time
@@ -64,6 +64,11 @@ class GPTAQ(GPTQ):
             raise PassError(
                 f"{self.name}: activations={self.activations} is no kind", fix=f"use {', '.join(get_args(Activations))}"
             )
+        if self.act_bits == 0 and self.activations != "static":
+            raise PassError(
+                f"{self.name}: act_bits=0 leaves the activations of activations={self.activations} in float",
+                fix="leave one of the two out",
+            )
         if not 0 <= self.alpha <= 1:
             raise PassError(f"{self.name}: alpha={self.alpha} is not between 0 and 1", fix="use alpha=1")
         if self.ridge < 0:
@@ -72,12 +77,14 @@ class GPTAQ(GPTQ):
     def requires(self, program: Program) -> None:
         """What act-quant and gptq require."""
         super().requires(program)
-        if not _has_fake_quant(program):
+        if self.act_bits and not _has_fake_quant(program):
             self._act_quant.requires(program)
 
     def run(self, program: Program) -> PassResult:
         """Quantize the activations, if nothing has, then the weights; re-fit the activations' ranges if asked to."""
-        results = [] if _has_fake_quant(program) else [self._act_quant.run(program)]
+        results = []
+        if self.act_bits and not _has_fake_quant(program):
+            results.append(self._act_quant.run(program))
         results.append(super().run(program))
         measured = {name: value for result in results for name, value in result.measured.items()}
         if self.activations == "reoptimize":

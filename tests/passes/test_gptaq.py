@@ -162,3 +162,20 @@ def test_what_cannot_be_asked() -> None:
     program.rules = dataclasses.replace(RULES, dynamic_activations=False)
     with pytest.raises(PassError, match="no per-token activations"):
         GPTAQ(activations="token").requires(program)
+
+
+def test_weights_alone_make_up_for_each_other() -> None:
+    program = program_of(seeded(InvertedResidual), {"x": torch.zeros(16, 3, 8, 8)})
+    run(program, GPTAQ(bits=4, act_bits=0))
+    plain = program_of(seeded(InvertedResidual), {"x": torch.zeros(16, 3, 8, 8)})
+    run(plain, GPTQ(bits=4, group_size=-1))
+    assert count(program.graph, DEQUANTIZE) == count(plain.graph, DEQUANTIZE) == 5
+    assert count(program.graph, FAKE_QUANTIZE) == 0
+    wanted = outputs(program.reference, program)
+    error, before = ((outputs(each.graph, each) - wanted).square().sum() for each in (program, plain))
+    assert error < before
+
+
+def test_float_activations_have_no_kind() -> None:
+    with pytest.raises(PassError, match="act_bits=0"):
+        GPTAQ(act_bits=0, activations="token")

@@ -90,10 +90,12 @@ def row(name: str, passes: str, folder: Path) -> Row:
     seconds = time.perf_counter() - started
     folder.mkdir()
     artifact = backend_for("onnx").lower(program, folder).artifact
-    return Row(name, passes, _perplexity(program.graph), seconds, OnnxRuntime(threads=1).load(artifact))
+    return Row(name, passes, perplexity(program.graph), seconds, OnnxRuntime(threads=1).load(artifact))
 
 
-def _perplexity(graph: fx.GraphModule) -> float:
+def perplexity(graph: fx.GraphModule) -> float:
+    """Per byte, on held-out text."""
+
     def predict(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         with torch.no_grad():
             return {"logits": graph(*inputs.values())[0]}
