@@ -13,6 +13,7 @@ from passes.fold_bn import FoldBatchNorm
 from passes.gptaq import GPTAQ
 from passes.gptq import GPTQ
 from passes.hqq import HQQ
+from passes.qdora import QDoRA
 from passes.rtn import RTN
 from passes.smooth import Smooth
 
@@ -30,6 +31,7 @@ PASSES: Mapping[str, type[Pass]] = {
         GPTAQ,
         AQ,
         HQQ,
+        QDoRA,
         BiasCorrection,
     )
 }

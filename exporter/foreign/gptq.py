@@ -62,7 +62,8 @@ def unpack(words: Tensor, bits: int) -> Tensor:
     if WORD % bits:
         following = torch.nn.functional.pad(stream, (0, 0, 0, 1))[at + 1]
         values |= following << (WORD - shift)
-    return (values & (2**bits - 1)).to(torch.uint8)
+    codes: Tensor = values & (2**bits - 1)
+    return codes.to(torch.uint8)
 
 
 def _format(settings: Settings) -> object:
