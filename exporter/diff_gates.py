@@ -19,6 +19,8 @@ from exporter.diff import Change, ReportDiff
 from exporter.gates import (
     CHANGES,
     FIGURES,
+    LAYER,
+    LAYER_FIGURES,
     METRIC,
     RUNTIMES,
     SIZE,
@@ -28,10 +30,8 @@ from exporter.gates import (
     split_gate,
 )
 from exporter.options import nearest
-from exporter.report import GateResult, LayerDiff, Report
+from exporter.report import GateResult, Report
 
-LAYER = "layer"
-LAYER_FIGURES = ("output_sqnr_db", "weight_sqnr_db", "cosine", "max_abs", "bits_per_weight")
 REGRESSIONS = "regressions"
 EXAMPLE = "sqnr_db.drop<=0.5"
 
@@ -110,7 +110,7 @@ def _values(gate: DiffGate, report: Report) -> dict[str, float]:
     runtimes = (gate.scope,) if gate.scope else RUNTIMES
     metric = _metric_of(gate.figure)
     if gate.scope == LAYER:
-        values = {layer.name: _layer_figure(layer, gate.figure) for layer in report.layers}
+        values = {layer.name: LAYER_FIGURES[gate.figure](layer) for layer in report.layers}
     elif gate.figure == SIZE:
         values = size_ratios(runtimes if gate.scope else ("onnxruntime", "tensorrt"), report)
     elif metric:
@@ -122,10 +122,3 @@ def _values(gate: DiffGate, report: Report) -> dict[str, float]:
             for output, figures in report.outputs.get(runtime, {}).items()
         }
     return {where: value for where, value in values.items() if value is not None}
-
-
-def _layer_figure(layer: LayerDiff, figure: str) -> float | None:
-    if figure == "output_sqnr_db":
-        return layer.output_sqnr_db.accumulated
-    value: float | None = getattr(layer, figure)
-    return value
