@@ -7,7 +7,8 @@ graph by what survives fusion (onnxruntime 1.31):
        repacks it under its name and a suffix (`..._T`);
     2. the node that multiplies: fused kernels take its name, moved ones with a suffix (`..._token_3`); needed where the
        codes were transposed or decoded while loading, and got a name that tells nothing;
-    3. that node's output.
+    3. that node's output; a convolution in channel blocks (NCHWc) is called after its output, or that of the activation
+       it took in, and `_nchwc`.
 
 A node that reads constants only was not folded while loading: it repeats the same work at every run, for a weight's
 DequantizeLinear at a multiple of the layer's own time.
@@ -24,6 +25,8 @@ from runtimes.base import Artifact
 from runtimes.ort import OnnxRuntime
 
 CODES = ".weight_codes"
+CHANNEL_BLOCKS = "_nchwc"
+ACTIVATIONS = frozenset({"Relu", "Clip", "Sigmoid", "Tanh", "LeakyRelu", "HardSigmoid"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +115,11 @@ class _Graph:
             else:
                 yield kernel
 
+    def results(self, kernel: Kernel) -> set[str]:
+        """Its outputs, and those of the activations that may be taken into it."""
+        readers = [reader for output in kernel.outputs for reader in self._reads.get(output, [])]
+        return {*kernel.outputs, *(name for reader in readers if reader.op in ACTIVATIONS for name in reader.outputs)}
+
     def label(self, kernel: Kernel) -> str:
         """The operators that prepare its constants at every run, and its own."""
         return "+".join(dict.fromkeys([*self._prepared_by(kernel), kernel.op]))
@@ -131,8 +139,9 @@ def _kernel(codes: str, all_codes: Iterable[str], before: _Graph, after: _Graph)
     }
     found = [kernel for name in sorted(names) for kernel in after.users(name)]
     for origin in before.users(codes):
+        blocked = {f"{name}{CHANNEL_BLOCKS}" for name in before.results(origin)}
         if not any(_same(origin, kernel) for kernel in found):
-            found += [kernel for kernel in after.kernels if _same(origin, kernel)]
+            found += [kernel for kernel in after.kernels if _same(origin, kernel) or kernel.name in blocked]
     return ", ".join(dict.fromkeys(after.label(kernel) for kernel in found)) or None
 
 

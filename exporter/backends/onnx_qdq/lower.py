@@ -43,6 +43,8 @@ class OnnxBackend(Backend):
         dynamic_activations=True,
         weight_zero_point=True,
         integer_kinds=frozenset({"linear", "conv"}),
+        linear_bits=frozenset({1, 2, 3, 4, 8}),
+        conv_bits=frozenset({1, 2, 3, 4, 8}),
     )
 
     def lower(self, program: Program, folder: Path) -> Lowered:
