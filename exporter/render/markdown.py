@@ -3,7 +3,7 @@
 import collections
 from collections.abc import Sequence
 
-from exporter.render.sensitivity_text import sensitivity_headings, sensitivity_rows
+from exporter.render.sensitivity_text import budget_line, sensitivity_headings, sensitivity_rows
 from exporter.render.text import (
     FIGURES,
     NONE,
@@ -41,6 +41,7 @@ def render(report: Report) -> str:
         f"## qexport {_cell(_text(report.model.get('name', 'model')))}: {verdict(report)}",
         headline(report),
         _numbers(report),
+        _cell(_text(budget_line(report))),
         *(f"> **Warning:** {_cell(_text(warning))}" for warning in report.warnings),
         _gates(report),
         _comparisons(report),

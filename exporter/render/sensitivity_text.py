@@ -14,6 +14,16 @@ def sensitivity_rows(report: Report, limit: int) -> list[tuple[str, ...]]:
     return [_row(layer) for layer in report.sensitivity[:limit]]
 
 
+def budget_line(report: Report) -> str:
+    """How many layers --budget gave which width; empty without one."""
+    if report.budget is None:
+        return ""
+    chosen = [layer.chosen for layer in report.budget.layers]
+    counts = {name: chosen.count(name) for name in ("3", "4", "8", "float") if name in chosen}
+    written = [f"{number} in float" if name == "float" else f"{number} at {name} bits" for name, number in counts.items()]
+    return f"budget {report.budget.terms}: {'met' if report.budget.met else 'NOT MET'}, layers: {', '.join(written)}"
+
+
 def _metric_columns(report: Report) -> list[str]:
     names = report.sensitivity[0].metrics if report.sensitivity else ()
     return [column for name in names for column in (f"{name} alone", f"{name} without")]

@@ -6,7 +6,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from exporter.render.sensitivity_text import sensitivity_headings, sensitivity_rows
+from exporter.render.sensitivity_text import budget_line, sensitivity_headings, sensitivity_rows
 from exporter.render.text import (
     RUNTIMES,
     comparisons,
@@ -31,6 +31,7 @@ STYLES = {"passed": "green", "FAILED": "bold red", "not measured": "bold yellow"
 def render(report: Report) -> RenderableType:
     """What a console prints, line by line; a console without colour loses nothing but the colour."""
     parts: list[RenderableType] = [_title(report), Text(headline(report), style="dim")]
+    parts += [Text(budget_line(report))] if report.budget is not None else []
     parts += [Text(f"warning: {warning}", style="yellow") for warning in report.warnings]
     tables = (
         *_comparisons(report),
