@@ -1,7 +1,7 @@
 // The host's version of device.cu: a kernel runs on the CPU, block after block, each CUDA thread on its own stack.
 //
-// A thread runs until it waits at a barrier, then the next one does, or the one before: what differs between the two
-// orders lacks a barrier. Threads of a warp meet in shuffles and products.
+// A warp runs until all of it waits for the block, a thread until it waits for its warp; then the next one does, or the
+// one before: so far apart do they get that what lacks a barrier comes out wrong, or different in the two orders.
 // A block whose threads do not all reach a barrier stops the process with a message. Rounding is the GPU's (to nearest
 // even); the sums of a product are in float32, in the order of k.
 
@@ -73,31 +73,40 @@ static void enter() {
     _longjmp(scheduler, 1);
 }
 
-static void run_block(int count) {
+// Runs a thread until it waits or ends.
+static void resume(int thread) {
     static std::vector<char> stacks(STACK * MOST_THREADS);
+    threadIdx = {thread, 0, 0};
+    if (_setjmp(scheduler) != 0) return;
+    if (started[thread]) _longjmp(threads[thread], 1);
+    started[thread] = true;
+    getcontext(&contexts[thread]);
+    contexts[thread].uc_stack.ss_sp = stacks.data() + STACK * thread;
+    contexts[thread].uc_stack.ss_size = STACK;
+    contexts[thread].uc_link = nullptr;
+    makecontext(&contexts[thread], enter, 0);
+    setcontext(&contexts[thread]);
+}
+
+static void run_block(int count) {
     block = {count, 0, 0};
     for (int w = 0; w < count / 32; w++) warps[w] = {32, 0, 0};
     for (int t = 0; t < count; t++) started[t] = finished[t] = false;
-    for (volatile bool busy = true; busy;) {
-        busy = false;
-        progress = 0;
-        for (int next = 0; next < count; next++) {
-            volatile int t = backwards ? count - 1 - next : next;
-            if (finished[t]) continue;
-            busy = true;
-            threadIdx = {t, 0, 0};
-            if (_setjmp(scheduler) != 0) continue;
-            if (started[t]) _longjmp(threads[t], 1);
-            started[t] = true;
-            progress++;
-            getcontext(&contexts[t]);
-            contexts[t].uc_stack.ss_sp = stacks.data() + STACK * t;
-            contexts[t].uc_stack.ss_size = STACK;
-            contexts[t].uc_link = nullptr;
-            makecontext(&contexts[t], enter, 0);
-            setcontext(&contexts[t]);
+    for (bool busy = true, moved; busy;) {
+        busy = moved = false;
+        for (int w = 0; w < count / 32; w++) {
+            do {
+                progress = 0;
+                for (int lane = 0; lane < 32; lane++) {
+                    int t = backwards ? count - 1 - w * 32 - lane : w * 32 + lane;
+                    if (finished[t]) continue;
+                    busy = true;
+                    resume(t);
+                }
+                moved |= progress > 0;
+            } while (progress);
         }
-        if (busy && !progress) {
+        if (busy && !moved) {
             std::fprintf(stderr, "block (%d, %d): threads wait for one that never comes\n", blockIdx.x, blockIdx.y);
             std::abort();
         }
