@@ -71,8 +71,8 @@ class AQ(WeightPass):
     codebook_value_bits: int = 0
     seed: int = 0
     rounds: int = 8
-    tolerance: float = 0.005
-    codebook_steps: int = 2
+    tolerance: float = 0.02
+    codebook_steps: int = 1
     sample: int = 1 << 17
     kmeans_iterations: int = 10
     shuffle: bool = False
@@ -132,24 +132,26 @@ class AQ(WeightPass):
             return f"its {inputs} inputs do not divide into in_group_size={self.in_group_size}"
         if outputs % self.out_group_size:
             return f"its {outputs} outputs do not divide into out_group_size={self.out_group_size}"
-        groups = inputs // self.in_group_size
-        blocks, size = problems * outputs // self.out_group_size * groups, self.in_group_size * self.out_group_size
+        blocks = problems * outputs * inputs // (self.in_group_size * self.out_group_size)
         if 2**self.codebook_bits > blocks:
             return f"its {blocks} blocks are fewer than the {2**self.codebook_bits} entries of a codebook"
-        bits = self._stored_bits(blocks, groups, size) / (blocks * size)
+        bits = self.bits_per_parameter(problems * outputs, inputs)
         return f"its codebooks would take {bits:.1f} bits a weight, more than 8-bit weights" if bits > MAX_BITS else ""
 
-    def _stored_bits(self, blocks: int, groups: int, size: int) -> float:
-        """Bits of codes, codebooks and scales, in 16 bits each unless they come from tables."""
+    def bits_per_parameter(self, outputs: int, inputs: int) -> float:
+        """Bits a weight of [outputs, inputs] takes: codes, and codebooks and scales in 16 bits or from their tables."""
+        groups, rows = inputs // self.in_group_size, outputs // self.out_group_size
         entries, kept, table = int(2**self.codebook_bits), self.codebook_value_bits, int(2**self.scale_bits)
-        values = entries * size
-        bits = float(blocks * self.num_codebooks * self.codebook_bits)
+        values = entries * self.in_group_size * self.out_group_size
+        bits = rows * groups * self.num_codebooks * self.codebook_bits
         bits += self.num_codebooks * (values * kept + int(2**kept) * 16 if kept else values * 16)
         if self.scale_bits == 0:
-            return bits + blocks / groups * 16
-        if table >= groups:
-            return bits + blocks * 16
-        return bits + blocks * self.scale_bits + blocks / groups * table * 16
+            bits += rows * 16
+        elif table >= groups:
+            bits += rows * groups * 16
+        else:
+            bits += rows * (groups * self.scale_bits + table * 16)
+        return bits / (outputs * inputs)
 
     def quantize_layer(self, matrix: Tensor, layer: Layer, walk: Walk) -> QuantWeight:
         """quantize_weight with these options, on the layer's second moments."""
@@ -187,6 +189,38 @@ def quantize_weight(
         raise PassError("its weight is not finite", fix="check the model")
     with single_thread(), torch.no_grad():
         return _Fit(weight, hessians, options, code_penalties, tuple(devices) or (weight.device,)).run()
+
+
+def search_codes(
+    weight: Tensor,
+    hessian: Tensor,
+    quantized: CodebookWeight,
+    options: AQ,
+    *,
+    outputs: slice | Tensor = slice(None),
+    code_penalties: Tensor | None = None,
+) -> Tensor:
+    """Search the codes of some output groups anew; codebooks and scales stay. [selected, in / ig, num_codebooks].
+
+    weight [out, in] and hessian [in, in] are those `quantized` was made for, and `outputs` selects output groups, so
+    that parts of a matrix can be worked on apart. The layer error, plus penalties, does not rise.
+    """
+    shape = quantized.codebooks.shape
+    with single_thread(), torch.no_grad():
+        codes = quantized.codes[outputs].to(torch.int64)
+        chosen = weight.unflatten(0, (-1, shape[2]))[outputs].flatten(0, 1)
+        moments = moments_of(hessian.float(), shape[3], shape[2])
+        codebooks = quantized.codebooks.permute(0, 3, 2, 1).flatten(1, 2).contiguous()
+        generator = torch.Generator().manual_seed(options.seed) if options.shuffle else None
+        found: list[Tensor] = []
+        for rows in cut_rows(chosen, [moments], shape[2], shape[0], (weight.device,)):
+            first = sum(part.shape[2] for part in found)
+            run = slice(first, first + rows.codes.shape[2])
+            rows.codes, rows.scales = codes[run].permute(2, 1, 0).contiguous(), quantized.scales[outputs][run].T
+            rows.refresh(codebooks)
+            sweep(rows, codebooks, options.beam_size, code_penalties, generator)
+            found.append(rows.codes)
+        return torch.cat(found, dim=2).permute(2, 1, 0).to(quantized.codes.dtype).contiguous()
 
 
 def _counted(hessian: Tensor) -> Tensor:

@@ -148,7 +148,7 @@ def cut_rows(
         for part in problem.unflatten(0, (-1, out_group_size)).split(at_once):  # [n, og, in]
             device = devices[len(runs) % len(devices)]
             part = part.to(device, torch.float32)
-            lines = part.permute(2, 1, 0).reshape(part.shape[2], -1)
+            lines = part.permute(2, 1, 0).contiguous().flatten(1)
             scales = part.square().mean((1, 2)).sqrt()[None]
             codes = torch.zeros(num_codebooks, groups, len(part), dtype=torch.int64, device=device)
             runs.append(

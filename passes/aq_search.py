@@ -127,67 +127,62 @@ def _search(
     inverse_square: Tensor | None,
 ) -> Tensor:
     """The best codes [num_codebooks, n] found."""
-    push = targets * -2
-    numbers = torch.arange(scratch.shape[1], dtype=torch.int32, device=scratch.device)
-    beam = codes[None]  # [hypotheses, num_codebooks, n]
+    push, beam = targets * -2, codes[:, None]  # [num_codebooks, hypotheses, n]
     for step, index in enumerate(order):
         counted = [m for m in order if m != index] if start else order[:step]
-        keep = 1 if step == len(order) - 1 else beam_size
-        found = []
-        for source, hypothesis in enumerate(beam):
-            base: float | Tensor = 0.0
-            pull = push
-            if counted:
-                rest = group.total(hypothesis, counted)
-                pull = torch.addmm(push, group.metric, rest, alpha=2)
-                if len(beam) > 1:  # what hypotheses are compared by
-                    base = ((push + pull) * rest).sum(0).mul_(0.5)
-                    if group.penalties is not None and inverse_square is not None:
-                        base += group.penalties[counted].gather(1, hypothesis[counted]).sum(0) * inverse_square
-            scores = group.scores(index, pull, inverse_square, scratch)
-            for value, entry in _smallest(scores, min(keep, scores.shape[1]), numbers):
-                found.append((value + base, source, entry))
-        beam = _best(beam, found, index, keep)
-    return beam[0]
+        keep, held = 1 if step == len(order) - 1 else beam_size, beam.shape[1]
+        pull = push.repeat(1, held)
+        squares = None if inverse_square is None else inverse_square.repeat(held)
+        base = torch.zeros(pull.shape[1], device=pull.device)  # what hypotheses cost but for the entry to come
+        if counted:
+            flat = beam.flatten(1)
+            rest = group.total(flat, counted)
+            ahead = torch.addmm(pull, group.metric, rest, alpha=2)
+            base = (pull.add_(ahead) * rest).sum(0).mul_(0.5)
+            pull = ahead
+            if group.penalties is not None and squares is not None:
+                base += group.penalties[counted].gather(1, flat[counted]).sum(0) * squares
+        each = min(keep, scratch.shape[1])
+        costs, entries = _cheapest(group, index, pull, squares, each, scratch)
+        costs = (costs + base).view(each * held, -1)
+        entries = entries.view(each * held, -1)
+        if each * held <= keep:
+            beam = beam.repeat(1, each, 1)
+        else:
+            chosen = costs.argmin(0, keepdim=True) if keep == 1 else costs.topk(keep, dim=0, largest=False).indices
+            beam = beam.gather(1, (chosen % held).expand(len(beam), -1, -1))
+            entries = entries.gather(0, chosen)
+        beam[index] = entries
+    return beam[:, 0]
 
 
-def _best(beam: Tensor, found: list[tuple[Tensor, int, Tensor]], index: int, keep: int) -> Tensor:
-    """The `keep` cheapest of found (cost, hypothesis it extends, entry), as hypotheses with that entry put in."""
-    sources = torch.tensor([source for _, source, _ in found], device=beam.device)
-    entries = torch.stack([entry for _, _, entry in found])
-    if len(found) <= keep:
-        kept = beam[sources]
-    else:
-        costs = torch.stack([cost for cost, _, _ in found])
-        chosen = costs.argmin(0, keepdim=True) if keep == 1 else costs.topk(keep, dim=0, largest=False).indices
-        kept = beam.gather(0, sources[chosen][:, None].expand(-1, beam.shape[1], -1))
-        entries = entries.gather(0, chosen)
-    kept[:, index] = entries
-    return kept
-
-
-def _smallest(scores: Tensor, count: int, numbers: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """The `count` smallest of each line of scores [n, entries], which is overwritten: (cost [n], entry [n]).
-
-    numbers [entries] counts from 0, in int32.
+def _cheapest(
+    group: GroupBooks, index: int, pull: Tensor, inverse_square: Tensor | None, count: int, scratch: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The `count` entries of a codebook of least cost for each vector: costs and entries, [count, vectors].
 
     A search for the smallest value alone is many times as fast as one that says where it stands, so, where there is
     room, the entry's number takes the place of a cost's last bits.
     """
-    entries = scores.shape[1]
-    if entries > PACKED_ENTRIES:
-        best = scores.topk(count, dim=1, largest=False)
-        return [(best.values[:, k], best.indices[:, k]) for k in range(count)]
+    entries, packed = scratch.shape[1], scratch.shape[1] <= PACKED_ENTRIES
+    costs = torch.empty(count, pull.shape[1], device=pull.device)
+    found = torch.empty(0 if packed else count, pull.shape[1], dtype=torch.int64, device=pull.device)
+    numbers = torch.arange(entries, dtype=torch.int32, device=pull.device)
     mask = (1 << (entries - 1).bit_length()) - 1
-    scores.view(torch.int32).bitwise_and_(~mask).bitwise_or_(numbers)
-    best_of = []
-    for rank in range(count):
-        value = scores.amin(1)
-        entry = (value.view(torch.int32) & mask).long()
-        best_of.append((value, entry))
-        if rank + 1 < count:
-            scores.scatter_(1, entry[:, None], float("inf"))
-    return best_of
+    for first in range(0, pull.shape[1], len(scratch)):
+        part = slice(first, first + len(scratch))
+        squares = None if inverse_square is None else inverse_square[part]
+        scores = group.scores(index, pull[:, part], squares, scratch)
+        if not packed:
+            best = scores.topk(count, dim=1, largest=False)
+            costs[:, part], found[:, part] = best.values.T, best.indices.T
+            continue
+        scores.view(torch.int32).bitwise_and_(~mask).bitwise_or_(numbers)
+        for rank in range(count):
+            value = torch.amin(scores, 1, out=costs[rank, part])
+            if rank + 1 < count:
+                scores.scatter_(1, (value.view(torch.int32) & mask).long()[:, None], float("inf"))
+    return costs, (costs.view(torch.int32) & mask).long() if packed else found
 
 
 def sweep(
