@@ -20,7 +20,9 @@ def budget_line(report: Report) -> str:
         return ""
     chosen = [layer.chosen for layer in report.budget.layers]
     counts = {name: chosen.count(name) for name in ("3", "4", "8", "float") if name in chosen}
-    written = [f"{number} in float" if name == "float" else f"{number} at {name} bits" for name, number in counts.items()]
+    written = [
+        f"{number} in float" if name == "float" else f"{number} at {name} bits" for name, number in counts.items()
+    ]
     return f"budget {report.budget.terms}: {'met' if report.budget.met else 'NOT MET'}, layers: {', '.join(written)}"
 
 
