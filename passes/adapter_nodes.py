@@ -28,13 +28,13 @@ def attach(graph: fx.GraphModule, layer: Layer, adapter: Adapter) -> None:
         return
     factor = adapter.row_factor(quantized.dequantize())  # [out]
     scaled = with_rows_scaled(quantized, factor)
-    lora_b = adapter.lora_b * adapter.scaling
+    lora_b, source = adapter.lora_b * adapter.scaling, layer.input
     if scaled is not None:
         _rewrite_weight(graph, layer, scaled)
-        _add_branch(graph, layer, adapter.lora_a, lora_b * factor[:, None])
+        _add_branch(graph, layer, source, adapter.lora_a, lora_b * factor[:, None])
         return
     bias = _take_bias(graph, layer)
-    total = _add_branch(graph, layer, adapter.lora_a, lora_b)
+    total = _add_branch(graph, layer, source, adapter.lora_a, lora_b)
     dtype = layer.node.meta["val"].dtype
     total = _behind(
         graph, total, aten.mul.Tensor, add_tensor(graph, f"{slot(layer)}.dora", factor.to(dtype), total.next)
@@ -63,9 +63,9 @@ def _rewrite_weight(graph: fx.GraphModule, layer: Layer, weight: AffineWeight | 
     write_weight(graph, layer, weight)
 
 
-def _add_branch(graph: fx.GraphModule, layer: Layer, lora_a: Tensor, lora_b: Tensor) -> fx.Node:
-    """Two linear layers beside the layer; returns the sum."""
-    source, value = layer.input, layer.node.meta["val"]
+def _add_branch(graph: fx.GraphModule, layer: Layer, source: fx.Node, lora_a: Tensor, lora_b: Tensor) -> fx.Node:
+    """Two linear layers on the layer's input, `source`; returns the sum."""
+    value = layer.node.meta["val"]
     following = layer.node.next
     for part, matrix in (("lora_A", lora_a), ("lora_B", lora_b)):
         weight = add_tensor(graph, f"{slot(layer)}.{part}.weight", matrix.to(value.dtype), following)

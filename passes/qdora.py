@@ -198,6 +198,7 @@ class Student(fx.Interpreter):
     ) -> None:
         graph = float_copy(program.graph)
         super().__init__(graph)
+        self._inputs = [str(node.target) for node in inputs_of(graph)]
         self._reference, self._loss = program.reference, loss
         self._layers = {layer.node: layer for layer in find_layers(graph) if layer.name in adapters}
         self._modules = {
@@ -214,7 +215,7 @@ class Student(fx.Interpreter):
         if n.target in (FAKE_QUANTIZE, FAKE_QUANTIZE_DYNAMIC):
             args, _ = self.fetch_args_kwargs_from_env(n)
             with torch.no_grad():
-                moved = n.target(*args) - args[0]  # type: ignore[operator]  # an operator
+                moved = n.target(*args) - args[0]
             return args[0] + moved
         return super().run_node(n)
 
@@ -238,7 +239,7 @@ class Student(fx.Interpreter):
     def loss(self, batch: Batch) -> Tensor:
         """How far the outputs for a batch are from the float model's; outputs of whole numbers do not count."""
         wanted = run_graph(self._reference, [batch])[0]
-        found = self.run(*(batch[str(node.target)] for node in inputs_of(self.module)))
+        found = self.run(*(batch[name] for name in self._inputs))
         pairs = [pair for pair in zip(found, wanted, strict=True) if pair[1].is_floating_point()]
         return torch.stack([_distance(value.float(), goal.float(), self._loss) for value, goal in pairs]).sum()
 

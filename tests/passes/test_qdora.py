@@ -1,0 +1,202 @@
+"""The pass: what it wins back, what it leaves alone, that it repeats itself, and its refusals."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from passes import PASSES
+from passes.act_quant import ActQuant
+from passes.base import LayerRule, Pass, PassError, PassRecord, Pipeline, Program
+from passes.calibration import run_graph
+from passes.graph import find_layers, weight_of
+from passes.hqq import HQQ
+from passes.qdora import QDoRA
+from passes.rtn import RTN
+from passes.weight_nodes import read_weight
+from tests.passes.nets import outputs, program_of, reasons
+
+DIM = 32
+
+
+class Blocks(nn.Module):
+    """Three layers, the first and last called by their place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(DIM, 48), nn.ReLU(), nn.Linear(48, DIM), nn.ReLU(), nn.Linear(DIM, 10))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.net(x)
+        return y
+
+
+def run(*passes: Pass, rules: tuple[LayerRule, ...] = (), seed: int = 0) -> tuple[Program, list[PassRecord]]:
+    found = program_of(Blocks(), {"x": torch.randn(64, DIM)}, layer_rules=rules)
+    found.seed = seed
+    return found, Pipeline(passes, PASSES).run(found)
+
+
+def distance(program: Program) -> float:
+    """Relative squared error of the outputs over the calibration data."""
+    wanted = outputs(program.reference, program)
+    return float((outputs(program.graph, program) - wanted).square().sum() / wanted.square().sum())
+
+
+LOW = RTN(bits=2, group_size=16)
+
+
+def test_the_closed_form_and_then_training_win_back_accuracy() -> None:
+    before = distance(run(LOW)[0])
+    program, records = run(LOW, QDoRA(rank=4, steps=0))
+    fitted = distance(program)
+    program, records = run(LOW, QDoRA(rank=4, steps=60, lr=3e-3))
+    trained = distance(program)
+    assert fitted < 0.7 * before
+    assert trained < 0.8 * fitted
+    measured = records[-1].result.measured
+    assert measured["loss_before"] == pytest.approx(before, rel=0.05)  # means of batches against one ratio
+    assert measured["loss_fitted"] == pytest.approx(fitted, rel=0.05)
+    assert measured["loss_after"] == pytest.approx(trained, rel=0.05)
+    # 4 x (32 + 48), twice; the head has 8 bits
+    assert measured["parameters_added"] == pytest.approx(2 * 4 * (DIM + 48) / (2 * DIM * 48))
+
+
+def test_codes_stay_and_only_low_bit_layers_are_adapted() -> None:
+    plain, _ = run(LOW)
+    program, records = run(LOW, QDoRA(rank=4, steps=5), rules=())
+    assert records[-1].result.changed == ("net.0", "net.2")
+    assert reasons(records[-1].result)["net.4"] == "its weight has 8 bits"
+    codes = {layer.name: read_weight(plain.graph, layer) for layer in plain.layers()}
+    for layer in program.layers():
+        weight, other = read_weight(program.graph, layer), codes.get(layer.name)
+        assert (weight is None) == (other is None)
+        if weight is not None and other is not None:
+            assert weight.codes.equal(other.codes)
+
+
+def test_layers_left_in_float_are_skipped() -> None:
+    rules = (LayerRule("net.0", skip=True),)
+    _, records = run(LOW, QDoRA(rank=4, steps=0), rules=rules)
+    assert records[-1].result.changed == ("net.2",)
+    assert reasons(records[-1].result)["net.0"] == "left in float by the recipe"
+
+
+def test_it_repeats_itself_and_seeds_differ() -> None:
+    first, second, other = (run(LOW, QDoRA(rank=4, steps=7), seed=seed)[0] for seed in (0, 0, 1))
+    one, two, three = (outputs(program.graph, program) for program in (first, second, other))
+    assert one.equal(two)
+    assert not one.equal(three)
+    shifted, _ = run(LOW, QDoRA(rank=4, steps=7, seed=1))
+    assert outputs(shifted.graph, shifted).equal(three)
+
+
+def test_training_that_leads_away_is_not_kept() -> None:
+    start = run(LOW, QDoRA(rank=4, steps=0))[0]
+    wild, records = run(LOW, QDoRA(rank=4, steps=3, lr=100.0))
+    assert records[-1].result.measured["loss_after"] == records[-1].result.measured["loss_fitted"]
+    assert outputs(wild.graph, wild).equal(outputs(start.graph, start))
+
+
+@pytest.mark.parametrize(
+    "passes", [(ActQuant(), LOW), (HQQ(bits=3, group_size=16),), (HQQ(bits=2, group_size=8, axis=0),)]
+)
+@pytest.mark.parametrize("loss", ["mse", "kl"])
+def test_behind_other_passes(passes: tuple[Pass, ...], loss: str) -> None:
+    before = distance(run(*passes)[0])
+    program, records = run(*passes, QDoRA(rank=4, steps=30, lr=3e-3, loss=loss))  # type: ignore[arg-type]  # parametrized
+    assert distance(program) < 0.8 * before
+    measured = records[-1].result.measured
+    assert measured["loss_after"] < measured["loss_fitted"] < measured["loss_before"]  # type: ignore[operator]  # numbers
+
+
+def test_the_graph_is_what_was_trained() -> None:
+    """The loss that training ended with is that of the graph, whose scales took the magnitudes in."""
+    program, records = run(LOW, QDoRA(rank=4, steps=20, loss="kl"))
+    total = 0.0
+    for batch in program.calibration.batches:
+        value, goal = (run_graph(graph, [batch])[0][0] for graph in (program.graph, program.reference))
+        total += float((goal.softmax(-1) * (goal.log_softmax(-1) - value.log_softmax(-1))).sum(-1).mean())
+    measured = records[-1].result.measured["loss_after"]
+    assert total / len(program.calibration.batches) == pytest.approx(measured, rel=1e-3)
+
+
+def test_notebook_starts_where_the_layer_is() -> None:
+    plain, _ = run(LOW)
+    same, records = run(LOW, QDoRA(rank=4, steps=0, notebook=True))
+    assert torch.allclose(outputs(same.graph, same), outputs(plain.graph, plain), rtol=1e-4, atol=1e-5)
+    measured = records[-1].result.measured
+    assert measured["loss_fitted"] == pytest.approx(measured["loss_before"], rel=1e-3)
+    _, records = run(LOW, QDoRA(rank=4, steps=60, lr=3e-3, notebook=True))
+    measured = records[-1].result.measured
+    assert measured["loss_after"] < 0.9 * measured["loss_fitted"]  # type: ignore[operator]  # numbers
+
+
+def test_adapters_from_a_file(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        "base_model.model.net.0.lora_A.weight": torch.randn(3, DIM, generator=generator),
+        "base_model.model.net.0.lora_B.weight": torch.randn(48, 3, generator=generator),
+        "base_model.model.net.0.lora_magnitude_vector": torch.rand(48, generator=generator) + 1,
+    }
+    save_file(tensors, tmp_path / "adapter.safetensors")
+    program, records = run(LOW, QDoRA(adapters=str(tmp_path / "adapter.safetensors")))
+    assert records[-1].result.changed == ("net.0",)
+    plain, _ = run(LOW)
+    a, b, m = tensors.values()
+    twin = {layer.name: layer for layer in plain.layers()}
+    weights = {name: read_weight(plain.graph, layer) for name, layer in twin.items()}
+    base = weights["net.0"]
+    assert base is not None
+    direction = base.dequantize() + b @ a
+    model = Blocks()
+    with torch.no_grad():
+        model.net[0].weight.copy_(m[:, None] * direction / direction.norm(dim=1, keepdim=True))
+        for index in (2, 4):
+            weight = weights[f"net.{index}"]
+            assert weight is not None
+            model.net[index].weight.copy_(weight.dequantize())
+        x = torch.cat([batch["x"] for batch in program.calibration.batches])
+        expected = model(x)
+    assert torch.allclose(outputs(program.graph, program), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"rank": 0}, "rank=0 is less than 1"),
+        ({"steps": -1}, "steps and damp are at least 0"),
+        ({"lr": 0.0}, "lr is positive"),
+        ({"loss": "l1"}, "loss=l1 is none"),
+    ],
+)
+def test_options_that_make_no_sense(options: dict[str, object], what: str) -> None:
+    with pytest.raises(PassError, match=what):
+        QDoRA(**options)  # type: ignore[arg-type]  # on purpose
+
+
+def test_refusals() -> None:
+    with pytest.raises(PassError, match="no linear layer below 8 bits"):
+        run(QDoRA())
+    with pytest.raises(PassError, match="no linear layer below 8 bits"):
+        run(RTN(bits=8), QDoRA())
+    program = program_of(Blocks(), {"x": torch.randn(4, DIM)}, batches=1)
+    Pipeline((LOW,), PASSES).run(program)
+    program.calibration = type(program.calibration)((), (), "none")
+    with pytest.raises(PassError, match="needs calibration data"):
+        QDoRA().requires(program)
+
+
+def test_one_sample_and_inputs_that_are_always_zero() -> None:
+    program = program_of(Blocks(), {"x": torch.randn(2, DIM)}, batches=1)
+    for batch in program.calibration.batches:
+        batch["x"][:, 3] = 0
+        batch["x"][1] = batch["x"][0]
+    Pipeline((LOW, QDoRA(rank=4, steps=2)), PASSES).run(program)
+    assert outputs(program.graph, program).isfinite().all()
+    assert all(
+        weight_of(program.graph, layer).isfinite().all() for layer in find_layers(program.graph) if "lora" in layer.name
+    )
