@@ -108,7 +108,7 @@ def prove(program: Program, terms: Sequence[Gate], recipe: Recipe) -> tuple[Gate
     """The verdict on the terms from the program's file and outputs, on held-out samples."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        lowered = OnnxBackend().lower(program, folder)
+        lowered = OnnxBackend(recipe.weights_as).lower(program, folder)
         runtime = OnnxRuntime(provider=recipe.provider, threads=recipe.threads)
         sessions = {
             "eager_quantized": eager_session(program, lowered.simulated),

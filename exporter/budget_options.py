@@ -142,7 +142,7 @@ def _first_that_works(
         try:
             program = quantize(with_rules(recipe, rules.values()))
             with tempfile.TemporaryDirectory() as folder:
-                lowered = OnnxBackend().lower(program, Path(folder))
+                lowered = OnnxBackend(recipe.weights_as).lower(program, Path(folder))
                 written = sum(file_sizes(Path(folder)).values())
         except (PassError, LoweringError):  # not a width of this pass or target, or not in groups
             continue
