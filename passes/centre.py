@@ -150,7 +150,10 @@ class _Streams:
             self._block(carriers, f"{node.name} ({node.target}) changes its shape")
             return
         self.axes[node] = axes.pop()
-        self._carried[node] = sum((self._carried[arg] for arg in node.args if arg in carriers), Counter[fx.Node]())
+        self._carried[node] = sum(
+            (self._carried[arg] for arg in node.args if isinstance(arg, fx.Node) and arg in carriers),
+            Counter[fx.Node](),
+        )
 
     def _refusal(self, layer: Layer) -> str:
         """Why a layer cannot give back what its input was shifted by; empty when it can."""

@@ -56,7 +56,8 @@ class AdaRound(GPTQ):
 
         def error_of(codes: Tensor) -> Tensor:
             error = (matrix - codes.clamp(low, high) * grid.scale).unflatten(0, (len(hessian), -1))
-            return ((error @ hessian) * error).sum()
+            total: Tensor = ((error @ hessian) * error).sum()
+            return total
 
         weight = REGULARIZER * error_of(levels.round()).detach() / matrix.shape[1]
         value = logit.clone().requires_grad_()
