@@ -17,7 +17,7 @@ from torch import Tensor
 from exporter.backends.onnx_qdq.planes import cut, write_codes
 from exporter.lowering.to_onnx import Array, Builder, numpy_of, packed_int4
 from passes.ops import TINY_SCALE
-from passes.weights import AffineWeight, CodebookWeight
+from passes.weights import AffineWeight, CodebookWeight, QuantWeight
 
 ROUNDED_BLOCK = 128
 """Inputs that share a scale where a weight is rounded again, to 8 bits."""
@@ -111,31 +111,35 @@ def affine_matrix(b: Builder, name: str, weight: AffineWeight) -> ir.Value:
     return value if width == columns else cut(b, value, columns, 1)
 
 
-def codebook_matrix(b: Builder, weight: CodebookWeight, *, scaled: bool = True) -> ir.Value:
-    """The float matrix transposed, [in, out]; without its scales where `scaled` is False."""
+def codebook_matrix(
+    b: Builder, weight: CodebookWeight, *, scaled: bool = True, shape: Sequence[int] | None = None
+) -> ir.Value:
+    """The float matrix transposed, [in, out] or in another `shape`; without its scales where `scaled` is False."""
     outs, ins, count = weight.codes.shape
     _, _, og, ig = weight.codebooks.shape
+    flat = og == 1
     blocks: ir.Value | None = None
     for index in range(count):
-        entries = codebook_entries(b, weight, index)
+        entries = codebook_entries(b, weight, index, flat=flat)
         name = "weight_codes" if index == 0 else f"weight_codes{index}"
         codes = write_codes(b, name, numpy_of(weight.codes[:, :, index].t()), weight.codebook_bits)
-        picked = b.op("Gather", entries, b.op("Cast", codes, to=ir.DataType.INT32.value))  # [in / ig, out / og, og, ig]
+        picked = b.op(
+            "Gather", entries, b.op("Cast", codes, to=ir.DataType.INT32.value)
+        )  # [in / ig, out / og, (og,) ig]
         blocks = picked if blocks is None else b.op("Add", blocks, picked)
     assert blocks is not None
     if scaled:
-        scales = codebook_scales(b, weight)
-        blocks = b.op("Mul", blocks, shaped(b, b.op("Transpose", scales, perm=[1, 0]), [-1, outs, 1, 1]))
-    if og == 1:  # nothing to move but the inputs of a block
-        blocks = b.op("Transpose", shaped(b, blocks, [ins, outs, ig]), perm=[0, 2, 1])
-    else:
-        blocks = b.op("Transpose", blocks, perm=[0, 3, 1, 2])
-    return shaped(b, blocks, [ins * ig, outs * og])
+        scales = b.op("Transpose", codebook_scales(b, weight), perm=[1, 0])
+        blocks = b.op("Mul", blocks, shaped(b, scales, [-1, outs, 1] if flat else [-1, outs, 1, 1]))
+    blocks = b.op("Transpose", blocks, perm=[0, 2, 1] if flat else [0, 3, 1, 2])
+    return shaped(b, blocks, shape or [ins * ig, outs * og])
 
 
-def codebook_entries(b: Builder, weight: CodebookWeight, index: int) -> ir.Value:
-    """Codebook `index` [entries, og, ig]: its values, or its table and which of it each is."""
+def codebook_entries(b: Builder, weight: CodebookWeight, index: int, *, flat: bool) -> ir.Value:
+    """Codebook `index` [entries, og, ig], or `flat` [entries, og ig]: its values, or its table and which each is."""
     codebook, bits = numpy_of(weight.codebooks[index]), weight.codebook_value_bits
+    if flat:
+        codebook = codebook.reshape(len(codebook), -1)
     name = f"codebook{index}"
     if not bits:
         return floats(b, name, codebook)
@@ -161,16 +165,35 @@ def _from_table(b: Builder, name: str, values: Array, bits: int) -> ir.Value:
     return b.op("GatherElements", floats(b, f"{name}_table", tables), which, axis=1)
 
 
-def rounded_blocks(b: Builder, matrix: ir.Value, rows: int, columns: int) -> tuple[ir.Value, ir.Value]:
-    """Codes int8 [in, out] and scales [in / 128, out] of the float matrix [in, out] rounded to 8 bits in blocks."""
-    blocks = -(-rows // ROUNDED_BLOCK)
-    whole = matrix
-    if rows % ROUNDED_BLOCK:
-        whole = padded(b, matrix, 0, blocks * ROUNDED_BLOCK - rows)
-    scale = _step(b, shaped(b, whole, [blocks, ROUNDED_BLOCK, columns]), 1)
+def rounded_blocks(b: Builder, weight: QuantWeight) -> tuple[ir.Value, ir.Value]:
+    """Codes int8 [in, out] and scales [in / 128, out] of the weight rounded to 8 bits in blocks of inputs.
+
+    Every float value here is as large as the float weight, and onnxruntime frees none before all are computed: so the
+    matrix is brought to [blocks, 128, out] only.
+    """
+    rows, columns = weight.shape
+    blocks = -(-columns // ROUNDED_BLOCK)
+    shape = [blocks, ROUNDED_BLOCK, rows]
+    if columns % ROUNDED_BLOCK:
+        matrix = transposed_matrix(b, weight)
+        value = shaped(b, padded(b, matrix, 0, blocks * ROUNDED_BLOCK - columns), shape)
+    else:
+        value = transposed_matrix(b, weight, shape)
+    scale = _step(b, value, 1, keep=True)
     kind = ir.DataType.INT8.value
-    codes = b.op("QuantizeLinear", matrix, scale, axis=0, block_size=ROUNDED_BLOCK, output_dtype=kind)
-    return codes, scale
+    codes = b.op("QuantizeLinear", value, scale, axis=1, block_size=ROUNDED_BLOCK, output_dtype=kind)
+    codes = shaped(b, codes, [blocks * ROUNDED_BLOCK, rows])
+    if columns % ROUNDED_BLOCK:
+        codes = cut(b, codes, columns, 0)
+    return codes, shaped(b, scale, [blocks, rows])
+
+
+def transposed_matrix(b: Builder, weight: QuantWeight, shape: Sequence[int] | None = None) -> ir.Value:
+    """The float matrix [in, out], or its numbers in another shape."""
+    if isinstance(weight, CodebookWeight):
+        return codebook_matrix(b, weight, shape=shape)
+    matrix = b.op("Transpose", affine_matrix(b, "weight", weight), perm=[1, 0])
+    return matrix if shape is None else shaped(b, matrix, shape)
 
 
 def rounded_channels(b: Builder, matrix: ir.Value) -> tuple[ir.Value, ir.Value]:
@@ -179,11 +202,11 @@ def rounded_channels(b: Builder, matrix: ir.Value) -> tuple[ir.Value, ir.Value]:
     return b.op("QuantizeLinear", matrix, scale, axis=0, output_dtype=ir.DataType.INT8.value), scale
 
 
-def _step(b: Builder, value: ir.Value, axis: int) -> ir.Value:
+def _step(b: Builder, value: ir.Value, axis: int, *, keep: bool = False) -> ir.Value:
     """max|value| / 127 along `axis`, without the float copy that Abs would make."""
     along = b.constant("axis", np.array([axis], np.int64))
-    high = b.op("ReduceMax", value, along, keepdims=0)
-    low = b.op("Neg", b.op("ReduceMin", value, along, keepdims=0))
+    high = b.op("ReduceMax", value, along, keepdims=int(keep))
+    low = b.op("Neg", b.op("ReduceMin", value, along, keepdims=int(keep)))
     top = b.constant("top", np.array(2 ** (ROUNDED_BITS - 1) - 1, np.float32))
     step = b.op("Div", b.op("Max", high, low), top)
     return b.op("Max", step, b.constant("tiny_scale", np.array(TINY_SCALE, np.float32)))

@@ -31,6 +31,7 @@ from exporter.backends.onnx_qdq.decode import (
     rounded_blocks,
     rounded_channels,
     shaped,
+    transposed_matrix,
 )
 from exporter.backends.onnx_qdq.forms import Form, kernel_block
 from exporter.backends.onnx_qdq.functions import in_function
@@ -149,15 +150,9 @@ class OnnxRuntimeDialect(Dialect):
             inputs = [b.constant("weight_codes", codes), b.constant("weight_scale", scale)]
             self._record(b, node, f"{narrow_name(weight)} rounded to {blocks}")
         else:
-            inputs = list(rounded_blocks(b, self._transposed(b, weight), weight.shape[1], weight.shape[0]))
+            inputs = list(rounded_blocks(b, weight))
             self._record(b, node, f"{narrow_name(weight)} decoded at load to {blocks}")
         return b.op("MatMul", x, b.op("DequantizeLinear", *inputs, axis=0, block_size=ROUNDED_BLOCK))
-
-    def _transposed(self, b: Builder, weight: QuantWeight, *, scaled: bool = True) -> ir.Value:
-        """The float matrix [in, out]."""
-        if isinstance(weight, CodebookWeight):
-            return codebook_matrix(b, weight, scaled=scaled)
-        return b.op("Transpose", affine_matrix(b, "weight", weight), perm=[1, 0])
 
     def _float_matmul(self, b: Builder, node: Node, x: ir.Value) -> ir.Value:
         weight, in_a_function = node.weight, self.forms[node.name].storage == "function"
@@ -173,10 +168,15 @@ class OnnxRuntimeDialect(Dialect):
     def _float(self, b: Builder, node: Node, *, scaled: bool = True) -> ir.Value:
         """The float matrix [in, out], through a function where the form says so."""
         weight = node.weight
+
+        def write(builder: Builder) -> ir.Value:
+            if isinstance(weight, CodebookWeight):
+                return codebook_matrix(builder, weight, scaled=scaled)
+            return transposed_matrix(builder, weight)
+
         if self.forms[node.name].storage != "function":
-            return self._transposed(b, weight, scaled=scaled)
-        kind = "Codebooks" if isinstance(weight, CodebookWeight) else "Grid"
-        return in_function(b, kind, lambda inner: self._transposed(inner, weight, scaled=scaled))
+            return write(b)
+        return in_function(b, "Codebooks" if isinstance(weight, CodebookWeight) else "Grid", write)
 
     # ---- other layers ----------------------------------------------------------------------------------------------
 

@@ -55,9 +55,9 @@ def codebook_rows(b: Builder, weight: CodebookWeight, indices: ir.Value) -> ir.V
     for index in range(weight.codes.shape[2]):
         name = "weight_codes" if index == 0 else f"weight_codes{index}"
         codes = write_rows(b, name, numpy_of(weight.codes[:, :, index]), weight.codebook_bits, indices)
-        entries = codebook_entries(b, weight, index)  # [entries, 1, ig]
+        entries = codebook_entries(b, weight, index, flat=True)
         which = b.op("Cast", codes, to=ir.DataType.INT32.value)
-        picked = b.op("Gather", shaped(b, entries, [-1, weight.codebooks.shape[3]]), which)  # [..., dim / ig, ig]
+        picked = b.op("Gather", entries, which)  # [..., dim / ig, ig]
         blocks = picked if blocks is None else b.op("Add", blocks, picked)
     scales = codebook_scales(b, weight)
     scale = b.op("Gather", shaped(b, scales, [*weight.scales.shape, 1]), indices, axis=0)
