@@ -48,7 +48,7 @@ class HQQ(WeightPass):
     bits        1, 2, 3, 4 or 8
     group_size  k: groups of k weights; along axis 1 also -1: per output channel, 0: per tensor
     axis        1: groups of inputs; 0: of outputs
-    lp_norm     p of the error that the levels minimize, more than 0, at most 2
+    lp_norm     p of the error that the levels minimize, more than 0, at most 4
     quant_zero, quant_scale           quantize zero points and scales too
     meta_bits, meta_group_size        how: width of their codes, 4 to 8, and how many share a range, 0: all
     hessian     codes by GPTQ against calibration data instead of rounding
@@ -59,7 +59,7 @@ class HQQ(WeightPass):
     bits: int = 4
     group_size: int = 64
     axis: int = 1
-    lp_norm: float = 2.0
+    lp_norm: float = 3.0
     quant_zero: bool = True
     quant_scale: bool = True
     meta_bits: int = 8
@@ -81,8 +81,8 @@ class HQQ(WeightPass):
                 f"{self.name}: group_size={self.group_size} is no size of groups along axis {self.axis}",
                 fix="use group_size=64",
             )
-        if not 0 < self.lp_norm <= 2:
-            raise PassError(f"{self.name}: lp_norm={self.lp_norm} is no norm", fix="use lp_norm=2, or less down to 0.5")
+        if not 0 < self.lp_norm <= 4:
+            raise PassError(f"{self.name}: lp_norm={self.lp_norm} is no norm", fix="use one from 0.5 to 4")
         if self.meta_group_size < 0:
             raise PassError(
                 f"{self.name}: meta_group_size={self.meta_group_size} is negative", fix="use 128, or 0 for one group"
