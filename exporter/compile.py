@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import platform
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -37,12 +38,16 @@ from exporter.recipe_values import InputSpec
 from exporter.report import AllSums, Budget, Json, PassRecordView, Report, Sizes, SkipView, Sums
 from exporter.report_files import write_reports
 from exporter.sensitivity import measure_sensitivity
+from exporter.torchrun import joined
+from exporter.stage_noise import measure_stages
+from exporter.stages import with_stages
 from exporter.validate import OutputFigures, compare_layers, compare_outputs, eager_session, evaluate_metrics
 from exporter.versions import versions
 from passes import PASSES
 from passes.base import PassError, PassRecord, Pipeline, Program, TargetRules
 from passes.cache import Cache
 from passes.memory import Memory
+from passes.ranks import Ranks
 from runtimes.base import Artifact, RuntimeFault, Session
 from runtimes.ort import OnnxRuntime
 from runtimes.trt import TensorRT
@@ -61,12 +66,15 @@ class CompileResult:
 
 
 def compile_path(model: Path, recipe: Recipe, *, progress: Progress) -> CompileResult:
-    """Compile the model in a file or folder. Raises QExportError."""
-    output = OutputFolder(recipe.out, force=recipe.force)
-    with output as folder, faults():
-        progress.stage("load")
+    """Compile the model in a file or folder. Raises QExportError.
+
+    Under torchrun only the first rank returns: the others end with SystemExit when there is no more to share.
+    """
+    with joined() as ranks, output_of(recipe, ranks) as output, faults():
+        shown = Silent() if ranks.rank else progress
+        shown.stage("load")
         loaded = load_model(model, factory=recipe.factory, trust=recipe.trust_model)
-        return _compile(loaded, recipe, folder, output.cache, progress, None)
+        return _compile(loaded, recipe, output, shown, None, ranks)
 
 
 def compile_model(
@@ -96,10 +104,30 @@ def compile_model(
     )
     if loaded.module is not None and not recipe.inputs:
         recipe = dataclasses.replace(recipe, inputs=specs)
-    output = OutputFolder(recipe.out, force=recipe.force)
-    with output as folder, faults(), _in_eval_mode(loaded.module):
+    alone = Ranks()
+    with output_of(recipe, alone) as output, faults(), _in_eval_mode(loaded.module):
         given = calibration if calibration is not None or recipe.calib is not None else [example_inputs]
-        return _compile(loaded, recipe, folder, output.cache, Silent(), given).report
+        return _compile(loaded, recipe, output, Silent(), given, alone).report
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """Where a run writes: its unfinished output folder, and the finished layers beside it (None: they are not kept)."""
+
+    folder: Path
+    cache: Path | None
+
+
+@contextlib.contextmanager
+def output_of(recipe: Recipe, ranks: Ranks) -> Iterator[Output]:
+    """The first rank's output folder; the others write nothing but scratch files."""
+    if ranks.rank:
+        with tempfile.TemporaryDirectory() as scratch:
+            yield Output(Path(scratch), None)
+    else:
+        output = OutputFolder(recipe.out, force=recipe.force)
+        with output as folder:
+            yield Output(folder, output.cache if recipe.resume else None)
 
 
 @contextlib.contextmanager
@@ -151,9 +179,9 @@ class _Clock:
 
 
 def _compile(
-    loaded: Loaded, recipe: Recipe, folder: Path, cache: Path, progress: Progress, given: object
+    loaded: Loaded, recipe: Recipe, output: Output, progress: Progress, given: object, ranks: Ranks
 ) -> CompileResult:
-    clock = _Clock(progress)
+    clock, folder = _Clock(progress), output.folder
     recipe = recipe.for_model(quantized=bool(loaded.weights))
     with threads(recipe.threads):
         clock.stage("capture")
@@ -173,7 +201,8 @@ def _compile(
             )
             program.on_step = progress.step
             program.memory = Memory(recipe.memory, folder)
-            program.cache = Cache(cache, str(versions()), damaged.append) if recipe.resume else None
+            program.cache = Cache(output.cache, str(versions()), damaged.append) if output.cache else None
+            program.ranks = ranks
             adopt(program, loaded.weights, loaded.path)
             return program, pipeline.run(program, before=lambda step: clock.stage(step.work.name))
 
@@ -181,6 +210,8 @@ def _compile(
         if recipe.budget is not None:
             recipe, budget = fit_budget(recipe, lambda tried: quantize(tried)[0], progress.step)
         program, records = quantize(recipe)
+        if ranks.rank:
+            raise SystemExit  # what is left is the first rank's
 
         lowered: dict[str, Lowered] = {}
         for backend in backends:
@@ -286,9 +317,9 @@ def validate(
     kernels: Mapping[str, str | None] = engine.kernels if engine else {}
     folded = engine.folded if engine else ()
     warnings: list[str] = []
+    runtime = OnnxRuntime(provider=recipe.provider, threads=recipe.threads)
     if "onnx" in lowered:
         artifact = main.artifact
-        runtime = OnnxRuntime(provider=recipe.provider, threads=recipe.threads)
         sessions["onnxruntime"] = runtime.load(artifact)
         plain = eager_session(program, main.graph)
         parity["onnxruntime"] = (sessions["eager_quantized"], sessions["onnxruntime"])
@@ -314,6 +345,8 @@ def validate(
     layers = compare_layers(
         program, main, kernels, lambda done, total: progress.step("layers", done, total), layer_sums
     )
+    noises = measure_stages(program, lowered, lambda done, total: progress.step("stages", done, total), runtime)
+    layers = with_stages(layers, noises)
     layers = explain(layers, gather(program, lambda done, total: progress.step("causes", done, total)), folded)
     return Report(
         model={},

@@ -15,14 +15,10 @@ and fits the grids to the weights that are rounded in the end. It fits the calib
 holding: the noise of rounded activations shrinks W* as it does any regression.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from passes.base import PassError
-from passes.graph import Layer
-from passes.layer_inputs import layer_rows
 from passes.threads import single_thread
 
 MAX_RIDGE = 10.0
@@ -47,23 +43,6 @@ def shifted_weight(weight: Tensor, hessian: Tensor, cross: Tensor, *, ridge: flo
         shift = torch.cholesky_solve((grouped @ change).mT, _damped_factor(hessians, ridge)).mT
         shifted: Tensor = grouped.add(shift, alpha=alpha).flatten(0, 1).to(weight.dtype)
         return shifted
-
-
-def cross_of(layer: Layer, floats: Sequence[Tensor], inputs: Sequence[Tensor]) -> Tensor:
-    """X^T Xq / n, [groups, in, in] float32: X the layer's rows over `floats`, Xq those over `inputs`, batch by batch.
-
-    Summed as `hessian_of` sums, so that it equals the Hessian, bit by bit, where the inputs are the same.
-    """
-    total, count = None, 0
-    with single_thread():
-        for float_batch, batch in zip(floats, inputs, strict=True):
-            for float_rows, rows in zip(layer_rows(layer, float_batch), layer_rows(layer, batch), strict=True):
-                moments = (float_rows.mT @ rows).double()
-                total = moments if total is None else total.add_(moments)
-                count += rows.shape[1]
-    if total is None:
-        raise PassError("it saw no calibration data", node=layer.name, fix="give calibration samples")
-    return (total / count).float()
 
 
 def _damped_factor(hessians: Tensor, ridge: float) -> Tensor:

@@ -12,6 +12,7 @@ from passes.cache import Cache
 from passes.calibration import Calibration
 from passes.graph import Layer, find_layers, tidy
 from passes.memory import Memory
+from passes.ranks import Ranks
 from passes.weight_nodes import float_copy
 
 
@@ -102,6 +103,7 @@ class Program:
     channel_stats  {layer: ChannelStatistics}, left by fold-bn and kept in step by the passes that rescale channels
     memory         where results and waiting activations are kept
     cache          finished layers of this run and of one that was stopped, if they are kept
+    ranks          the processes that work on this program together
     on_step        told (layer, layers done, layers in all) by passes that take long
     """
 
@@ -117,6 +119,7 @@ class Program:
     channel_stats: dict[str, ChannelStatistics] = dataclasses.field(default_factory=dict)
     memory: Memory = dataclasses.field(default_factory=Memory)
     cache: Cache | None = None
+    ranks: Ranks = dataclasses.field(default_factory=Ranks)
     on_step: Callable[[str, int, int], None] = _silent
 
     def layers(self) -> list[Layer]:

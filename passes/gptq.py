@@ -30,7 +30,8 @@ from torch import Tensor
 from passes.affine_grid import AffineGrid, ScaleSearch, fit_grid
 from passes.base import PassError
 from passes.graph import Layer
-from passes.refine import refine
+from passes.ranks import Ranks
+from passes.refine import OUTPUTS_AT_ONCE, refine
 from passes.threads import single_thread
 from passes.walk import Walk
 from passes.weight_pass import GridPass
@@ -38,9 +39,6 @@ from passes.weights import AffineWeight, group_columns
 
 MAX_DAMP = 10.0
 """Damping, as a fraction of the mean diagonal, past which the Hessian says nothing about the weights."""
-
-OUTPUTS_AT_ONCE = 2048
-"""Outputs worked on together: bounds the memory, and keeps a block of columns in the cache."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,22 +80,33 @@ class GPTQ(GridPass):
 
     def quantize_layer(self, matrix: Tensor, layer: Layer, walk: Walk) -> AffineWeight:
         """quantize_weight with these options, on the layer's second moments."""
-        return quantize_weight(matrix, walk.hessian(layer), self)
+        return quantize_weight(matrix, walk.hessian(layer), self, ranks=walk.ranks)
 
 
-def quantize_weight(weight: Tensor, hessian: Tensor, options: GPTQ, grid: AffineGrid | None = None) -> AffineWeight:
+def quantize_weight(
+    weight: Tensor, hessian: Tensor, options: GPTQ, grid: AffineGrid | None = None, ranks: Ranks | None = None
+) -> AffineWeight:
     """Quantize `weight` [out, in] for inputs whose second moments are `hessian` = X^T X / n, [in, in].
 
     A grouped convolution has one Hessian for each group: [groups, in, in]; the rows of `weight` fall into as many equal
     runs. Inputs that are always zero are dead: their weights become zero, and count for nothing in the damping.
     With `grid` the levels are given, for all of `weight`, instead of fitted; its groups are then static.
+    `ranks` share the outputs, and all get the whole weight.
     Raises PassError when the Hessian is not finite or not positive definite even when damped.
     """
     with single_thread():
-        quantized = _quantize(weight, hessian.float().view(-1, *hessian.shape[-2:]), options, grid)
-        if not options.refine:
-            return quantized
-        return refine(weight, hessian, quantized, options.refine, scales=grid is None)
+        hessians = hessian.float().view(-1, *hessian.shape[-2:])
+        if ranks is None or ranks.world == 1 or len(hessians) > 1 or options.group_size == 0 or grid is not None:
+            return _quantize_and_refine(weight, hessians, options, grid)
+        units = ranks.units(-(-len(weight) // OUTPUTS_AT_ONCE))
+        mine = weight[units.start * OUTPUTS_AT_ONCE : units.stop * OUTPUTS_AT_ONCE]
+        parts = ranks.gather(_quantize_and_refine(mine, hessians, options, None) if len(mine) else None)
+        return _joined([part for part in parts if part is not None], 1)
+
+
+def _quantize_and_refine(weight: Tensor, hessians: Tensor, options: GPTQ, grid: AffineGrid | None) -> AffineWeight:
+    quantized = _quantize(weight, hessians, options, grid)
+    return refine(weight, hessians, quantized, options.refine, scales=grid is None) if options.refine else quantized
 
 
 def _quantize(weight: Tensor, hessians: Tensor, options: GPTQ, grid: AffineGrid | None) -> AffineWeight:

@@ -5,7 +5,7 @@ position and group. A transposed convolution of stride s is a convolution of str
 input with s - 1 zeros between neighbours, so its rows are patches of that.
 """
 
-import itertools
+import dataclasses
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -14,32 +14,59 @@ from torch.nn import functional as F
 
 from passes.base import PassError
 from passes.graph import Layer
+from passes.ranks import Ranks, ShardSum
 from passes.threads import single_thread
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """The batches a rank holds: `batches` of `total`."""
+
+    ranks: Ranks
+    batches: range
+    total: int
+
 
 ROWS_AT_ONCE = 1 << 24
 """How many numbers of the rows are held at once, at least one sample's."""
 
 
-def hessian_of(layer: Layer, inputs: Sequence[Tensor]) -> Tensor:
-    """X^T X / n, [groups, in, in] float32, of the layer's rows X over its input in every batch, added in their order.
+def hessian_of(layer: Layer, inputs: Sequence[Tensor], part: Part | None = None) -> Tensor:
+    """X^T X / n, [groups, in, in] float32, of the layer's rows X over its input in every batch; see moments_of."""
+    return moments_of(layer, inputs, inputs, part)
 
-    Products are float32, sums over batches float64. Raises PassError when an input is not finite.
+
+def moments_of(layer: Layer, lefts: Sequence[Tensor], rights: Sequence[Tensor], part: Part | None = None) -> Tensor:
+    """X^T Y / n, [groups, in, in] float32: X the layer's rows over `lefts`, Y those over `rights`, batch by batch.
+
+    `part` says which of all batches these are, where other ranks have others. Products are float32; sums over batches
+    are float64, in the tree of passes.ranks. Raises PassError when an input is not finite.
     """
-    total, count = None, 0
+    part = part or Part(Ranks(), range(len(rights)), len(rights))
+    total, count = ShardSum(part.ranks, part.total), 0
     with single_thread():
-        for rows in itertools.chain.from_iterable(layer_rows(layer, batch) for batch in inputs):
-            moments = (rows.mT @ rows).double()
-            total = moments if total is None else total.add_(moments)
-            count += rows.shape[1]
-    if total is None:
+        for index, left, right in zip(part.batches, lefts, rights, strict=True):
+            for rows in _pairs(layer, left, right):
+                total.add(index, (rows[0].mT @ rows[1]).double())
+                count += rows[1].shape[1]
+        moments = total.total()
+    count = sum(part.ranks.gather(count))
+    if moments is None:
         raise PassError("it saw no calibration data", node=layer.name, fix="give calibration samples")
-    if not torch.isfinite(total).all():
+    if not torch.isfinite(moments).all():
         raise PassError(
             "its inputs are not finite on the calibration data",
             node=layer.name,
             fix="check the calibration data and the layers in front",
         )
-    return (total / count).float()
+    return moments.div_(count).float()
+
+
+def _pairs(layer: Layer, left: Tensor, right: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    if left is right:
+        yield from ((rows, rows) for rows in layer_rows(layer, right))
+    else:
+        yield from zip(layer_rows(layer, left), layer_rows(layer, right), strict=True)
 
 
 def layer_rows(layer: Layer, value: Tensor) -> Iterator[Tensor]:

@@ -25,8 +25,9 @@ from passes.weights import AffineWeight, code_range, group_columns
 BLOCK = 64
 """Columns between two products over all columns."""
 
-OUTPUTS_AT_ONCE = 2048
-"""Outputs worked on together, unless one scale holds them all: bounds the memory, and keeps a block in the cache."""
+OUTPUTS_AT_ONCE = 1024
+"""Outputs worked on together, unless one scale holds them all, here and in gptq: bounds the memory, keeps a block of
+columns in the cache, and is what ranks share out."""
 
 
 def refine(

@@ -5,22 +5,25 @@ A layer's inputs are those of the graph as it is when the layer's turn comes: ev
 
 from torch import Tensor
 
-from passes.asymmetric import cross_of
 from passes.base import Program
 from passes.calibration import Stream
 from passes.graph import Layer, find_layers
-from passes.layer_inputs import hessian_of
+from passes.layer_inputs import Part, hessian_of, moments_of
 
 
 class Walk:
-    """Moments of layers' inputs as the graph is when their turn comes."""
+    """Moments of layers' inputs as the graph is when their turn comes; every rank runs its own batches through it."""
 
     def __init__(self, program: Program) -> None:
-        self._stream = Stream(program.graph, program.calibration.batches, program.memory)
+        everything = program.calibration.batches
+        self.ranks = program.ranks
+        self._part = Part(self.ranks, self.ranks.batches(len(everything)), len(everything))
+        batches = [everything[index] for index in self._part.batches]
+        self._stream = Stream(program.graph, batches, program.memory)
         self._floats: Stream | None = None
         self._twins: dict[str, Layer] = {}
         if program.float_twin is not None:
-            self._floats = Stream(program.float_twin, program.calibration.batches, program.memory)
+            self._floats = Stream(program.float_twin, batches, program.memory)
             self._twins = {layer.name: layer for layer in find_layers(program.float_twin)}
         self._reads: list[object] = []
         self._hessian: Tensor | None = None
@@ -30,7 +33,7 @@ class Walk:
         """Xq^T Xq / n of the layer's input, [groups, in, in]."""
         self._turn_to(layer)
         if self._hessian is None:
-            self._hessian = hessian_of(layer, self._stream.values(layer.input))
+            self._hessian = hessian_of(layer, self._stream.values(layer.input), self._part)
         return self._hessian
 
     def cross(self, layer: Layer) -> Tensor:
@@ -41,7 +44,7 @@ class Walk:
             twin = self._twins[layer.name]
             self._floats.advance(twin.node)
             floats, inputs = self._floats.values(twin.input), self._stream.values(layer.input)
-            self._cross = cross_of(layer, floats, inputs)
+            self._cross = moments_of(layer, floats, inputs, self._part)
         return self._cross
 
     def _turn_to(self, layer: Layer) -> None:

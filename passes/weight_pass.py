@@ -106,7 +106,8 @@ class WeightPass(Pass):
                     continue
                 key = next_key(key, layer.name, work)
                 matrix = layer.to_matrix(weight_of(program.graph, layer))
-                quantized = program.cache.get(key, layer.name) if program.cache is not None else None
+                kept = program.cache.get(key, layer.name) if program.cache is not None else None
+                quantized = program.ranks.from_first(kept)
                 if quantized is None:
                     quantized = work._quantized(matrix, layer, walk)
                     if program.cache is not None:

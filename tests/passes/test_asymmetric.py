@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from passes.asymmetric import cross_of, shifted_weight
+from passes.asymmetric import shifted_weight
 from passes.base import PassError
 from passes.graph import find_layers
-from passes.layer_inputs import hessian_of
+from passes.layer_inputs import hessian_of, moments_of
 from tests.passes.nets import FLOAT32_EPS, program_of, seeded
 
 ROWS, IN, OUT = 64, 12, 5
@@ -113,11 +113,11 @@ def test_the_cross_term_of_a_layer(module: type[nn.Module], shape: tuple[int, ..
     (layer,) = find_layers(program.graph)
     batches = [batch["input"] for batch in program.calibration.batches]
     hessian = hessian_of(layer, batches)
-    assert torch.equal(cross_of(layer, batches, batches), hessian)
+    assert torch.equal(moments_of(layer, batches, batches), hessian)
     # Linear in its first argument, and the Hessian's transpose when the two change places.
-    assert torch.equal(cross_of(layer, [2 * batch for batch in batches], batches), 2 * hessian)
+    assert torch.equal(moments_of(layer, [2 * batch for batch in batches], batches), 2 * hessian)
     changed = [torch.round(batch) for batch in batches]
-    one, other = cross_of(layer, batches, changed), cross_of(layer, changed, batches)
+    one, other = moments_of(layer, batches, changed), moments_of(layer, changed, batches)
     # Float32 sums of up to a few hundred products of a few units each, taken in another order.
     assert torch.allclose(one, other.mT, rtol=0, atol=32 * FLOAT32_EPS * float(hessian.abs().max()))
     assert not torch.allclose(one, hessian, rtol=0, atol=1e-3 * float(hessian.abs().max()))
@@ -127,4 +127,4 @@ def test_no_data() -> None:
     program = program_of(seeded(lambda: nn.Linear(6, 4)), {"input": torch.zeros(5, 6)})
     (layer,) = find_layers(program.graph)
     with pytest.raises(PassError, match="no calibration data"):
-        cross_of(layer, [], [])
+        moments_of(layer, [], [])

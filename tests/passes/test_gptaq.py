@@ -9,14 +9,13 @@ from torch.nn import functional as F
 
 from passes import PASSES, gptq, rtn
 from passes.act_quant import ActQuant
-from passes.asymmetric import cross_of
 from passes.base import LayerRule, Pass, PassError, PassRecord, Pipeline, Program
 from passes.eigen_scale import POWER
 from passes.fold_bn import FoldBatchNorm
 from passes.gptaq import GPTAQ, Activations, quantize_weight
 from passes.gptq import GPTQ
 from passes.graph import find_layers
-from passes.layer_inputs import hessian_of
+from passes.layer_inputs import hessian_of, moments_of
 from passes.ops import DEQUANTIZE, FAKE_QUANTIZE, FAKE_QUANTIZE_DYNAMIC, fake_quantize_dynamic
 from passes.refit_ranges import refit_ranges
 from passes.rtn import RTN
@@ -52,7 +51,7 @@ def test_weights_are_fitted_to_rounded_inputs(asymmetric: bool) -> None:
 
     def expected(name: str, floats: list[Tensor], rounded: list[Tensor]) -> AffineWeight:
         weight, hessian = module.get_submodule(name).weight.detach(), hessian_of(layers[name], rounded)
-        cross = cross_of(layers[name], floats, rounded)
+        cross = moments_of(layers[name], floats, rounded)
         return quantize_weight(weight, hessian, options, cross=cross if asymmetric else None)
 
     inputs = [batch["x"] for batch in program.calibration.batches]

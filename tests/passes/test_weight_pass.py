@@ -159,9 +159,9 @@ def test_layers_are_fitted_to_what_the_quantized_network_feeds_them() -> None:
 def test_layers_that_read_one_value_share_its_moments(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    def counted(layer, inputs):
+    def counted(layer, inputs, part):
         seen.append(layer.name)
-        return hessian_of(layer, inputs)
+        return hessian_of(layer, inputs, part)
 
     monkeypatch.setattr(passes.walk, "hessian_of", counted)
     program = attention_program()
