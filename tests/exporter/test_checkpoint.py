@@ -27,6 +27,7 @@ from passes.calibration import Batch, Calibration, watch_values
 from passes.fold_bn import FoldBatchNorm
 from passes.gptq import GPTQ
 from passes.graph import add_tensor, get_tensor, tidy, weight_of
+from passes.hqq import HQQ
 from passes.ops import FAKE_QUANTIZE
 from passes.rtn import RTN
 from passes.weight_nodes import is_quantized, read_weight, source_of, write_weight
@@ -130,6 +131,7 @@ NETS: dict[str, tuple[str, Callable[[], Batch], tuple[Pass, ...]]] = {
     "residual_cnn gptq 4 bits": ("residual_cnn", _images, (GPTQ(bits=4, group_size=32, symmetric=False),)),
     "opt_lm gptq 3 bits": ("opt_lm", _tokens, (GPTQ(bits=3, group_size=32, symmetric=False, embeddings=4),)),
     "opt_lm int8 per token": ("opt_lm", _tokens, (ActQuant(mode="token"), RTN(symmetric=False))),
+    "mobilenet hqq 3 bits": ("mobilenet", _images, (HQQ(bits=3, group_size=16),)),
     "opt_lm 2 bits per tensor": ("opt_lm", _tokens, (RTN(bits=2, group_size=0, embeddings=0),)),
 }
 
