@@ -50,7 +50,7 @@ class AQ(WeightPass):
                          output group, or free if that has no more blocks
     codebook_value_bits  0: codebook values as they are; else from a table of 2^codebook_value_bits for each codebook
     seed                 of the sample, of where codebooks begin, and of the shuffled order
-    rounds               most rounds of codebooks, scales, codes
+    rounds               most rounds of codebooks, scales, codes; one scale a row is fitted in the first only
     tolerance            a round that lowers the error by a smaller part is the last
     codebook_steps       conjugate-gradient steps in a round
     sample               blocks the first codebooks are fitted to
@@ -71,7 +71,7 @@ class AQ(WeightPass):
     codebook_value_bits: int = 0
     seed: int = 0
     rounds: int = 8
-    tolerance: float = 0.02
+    tolerance: float = 0.03
     codebook_steps: int = 1
     sample: int = 1 << 17
     kmeans_iterations: int = 10
@@ -260,9 +260,9 @@ class _Fit:
             self.levels = [round_to_tables(rows, self.codebooks, bits) for rows in self.runs]
             self.refresh()
             self.improve()
-        self.round_values()
-        self.refresh()
-        self.search()
+        if self.round_values():
+            self.refresh()
+            self.search()
         return self.result()
 
     def begin(self) -> None:
@@ -280,10 +280,11 @@ class _Fit:
     def improve(self) -> None:
         """Rounds of codebooks, scales and codes until the error stops falling."""
         before = self.error()
-        for _ in range(self.options.rounds):
+        for done in range(self.options.rounds):
             self.codebooks = update_codebooks(self.runs, self.codebooks, self.options.codebook_steps)
-            for rows, levels in zip(self.runs, self.levels, strict=True):
-                update_scales(rows, self.codebooks.to(rows.device), levels)
+            if done == 0 or self.options.scale_bits:  # scales of whole rows hardly move after that
+                for rows, levels in zip(self.runs, self.levels, strict=True):
+                    update_scales(rows, self.codebooks.to(rows.device), levels)
             self.search()
             after = self.error()
             if after >= (1 - self.options.tolerance) * before:
@@ -296,8 +297,8 @@ class _Fit:
             generator = self.generator if self.options.shuffle else None
             sweep(rows, self.codebooks.to(rows.device), self.options.beam_size, self.penalties_on(rows), generator)
 
-    def round_values(self) -> None:
-        """Codebook values and scales become numbers that can be stored."""
+    def round_values(self) -> bool:
+        """Codebook values and scales become numbers that can be stored; True when that changed any."""
         bits = self.options.codebook_value_bits
         if bits:
             values = self.codebooks.flatten(1)
@@ -306,6 +307,7 @@ class _Fit:
         self.codebooks = self.codebooks.to(self.dtype).float()
         for rows in self.runs:
             rows.scales = rows.scales.to(self.dtype).float()
+        return bits > 0 or self.dtype != torch.float32
 
     def refresh(self) -> None:
         """Bring errors and gradients in step with codebooks and scales that were replaced."""
