@@ -5,11 +5,15 @@ thread. Errors are relative layer errors tr(E H E^T) / tr(W H W^T), seconds thos
 runs k-means, then a beam search over all codes with --reference-beam; the table gives its error after it.
 
 Figures of another machine are only comparable by ratio; `yardstick` is what a 1024 x 1024 matrix product takes.
+Peak is the process's largest memory so far: run one size at a time to read it. --outputs N makes the problems N x size,
+for how time and memory grow with the rows.
 """
 
 import argparse
 import contextlib
+import dataclasses
 import importlib
+import resource
 import sys
 import time
 import types
@@ -83,22 +87,36 @@ def yardstick() -> float:
     return best
 
 
-def report(sizes: list[int], seeds: list[int], options: list[AQ], theirs: Quantize | None) -> None:
-    """Print one line for each size, seed and set of options."""
-    columns = ["size", "seed", "codebooks", "bits a weight", "error", "s", "yardstick ms"]
+def with_outputs(problem: LayerProblem, outputs: int) -> LayerProblem:
+    """The problem with this many rows, each of those beyond its own a mixture of two of them."""
+    weight, size = problem.weight, len(problem.weight)
+    mixed = [(weight + weight.roll(shift, 0)) / 2**0.5 for shift in range(1, -(-outputs // size))]
+    return dataclasses.replace(problem, weight=torch.cat([weight, *mixed])[:outputs])
+
+
+def report(sizes: list[int], outputs: int, seeds: list[int], options: list[AQ], theirs: Quantize | None) -> None:
+    """Print one line for each size, seed and set of options; outputs 0 for square problems."""
+    columns = ["size", "seed", "codebooks", "bits a weight", "error", "s", "yardstick ms", "peak MB"]
     if theirs is not None:
         columns += ["reference: error", "s", "error ratio", "time ratio"]
     print("| " + " | ".join(columns) + " |")
     print("|" + "---|" * len(columns))
     for size in sizes:
         for seed in seeds:
-            problem = layer_problem(size, seed)
+            problem = with_outputs(layer_problem(size, seed), outputs or size)
             for chosen in options:
                 error, seconds = measure(problem, chosen, ours)
                 bits = chosen.bits_per_parameter(*problem.weight.shape)
                 shape = f"{chosen.num_codebooks}x{chosen.codebook_bits} g{chosen.in_group_size}"
-                cells: list[object] = [size, seed, shape, f"{bits:.3f}", f"{error:.5f}", f"{seconds:.2f}"]
-                cells.append(f"{yardstick() * 1e3:.0f}")
+                cells: list[object] = [
+                    f"{outputs or size} x {size}",
+                    seed,
+                    shape,
+                    f"{bits:.3f}",
+                    f"{error:.5f}",
+                    f"{seconds:.2f}",
+                ]
+                cells += [f"{yardstick() * 1e3:.0f}", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024]
                 if theirs is not None:
                     their_error, their_seconds = measure(problem, chosen, theirs)
                     cells += [f"{their_error:.5f}", f"{their_seconds:.2f}"]
@@ -110,6 +128,7 @@ def main() -> None:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(description="additive quantization of one layer: error and seconds")
     parser.add_argument("--sizes", default="512,1024", help="sizes of the square layer problems")
+    parser.add_argument("--outputs", type=int, default=0, help="rows of the problems; 0: as many as columns")
     parser.add_argument("--seeds", default="0", help="seeds of the problems")
     parser.add_argument("--codebooks", default="2,1", help="numbers of codebooks")
     parser.add_argument("--codebook-bits", type=int, default=8)
@@ -137,10 +156,10 @@ def main() -> None:
     ]
     sizes, seeds = numbers(arguments.sizes), numbers(arguments.seeds)
     if arguments.reference is None:
-        report(sizes, seeds, options, None)
+        report(sizes, arguments.outputs, seeds, options, None)
     else:
         with reference(arguments.reference, arguments.reference_beam) as theirs:
-            report(sizes, seeds, options, theirs)
+            report(sizes, arguments.outputs, seeds, options, theirs)
 
 
 if __name__ == "__main__":
