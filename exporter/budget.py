@@ -94,8 +94,8 @@ def greedy_path(layers: Mapping[str, Mapping[str, Option]]) -> list[dict[str, st
         for name, options in layers.items():
             now = options[assignment[name]]
             for option in options.values():
-                if option.stored < now.stored:
-                    price = (option.noise - now.noise) / (now.stored - option.stored)
+                if option.size < now.size:
+                    price = (option.noise - now.noise) / (now.size - option.size)
                     if best is None or price < best[0]:  # of equals the first in the graph's order
                         best = price, name, option.name
         if best is None:

@@ -40,13 +40,23 @@ Progress = Callable[[str, int, int], None]
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """One way to store a layer; `stored` in bytes. `compute` gives its output in the float twin, None: in float."""
+    """One way to store a layer. `compute` gives its output in the float twin, None: in float.
+
+    stored  bytes of the weight
+    nodes   bytes of what decodes it, beyond what 8 bits take
+    """
 
     name: str
     stored: float
     noise: float
     rule: LayerRule
     compute: Compute | None = None
+    nodes: float = 0.0
+
+    @property
+    def size(self) -> float:
+        """Bytes in the file."""
+        return self.stored + self.nodes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +73,7 @@ class Options:
 
     def ratio(self, assignment: Mapping[str, str]) -> float:
         """The predicted size of the file, over the bytes of the float parameters."""
-        stored = sum(options[assignment[name]].stored for name, options in self.layers.items())
+        stored = sum(options[assignment[name]].size for name, options in self.layers.items())
         return (self.overhead + stored) / float_bytes(self.program)
 
     def rules(self, assignment: Mapping[str, str]) -> tuple[LayerRule, ...]:
@@ -92,7 +102,7 @@ def measure_options(recipe: Recipe, quantize: Quantize, progress: Progress) -> O
     twins = {layer.name: layer for layer in find_layers(twin)}
     free = [layer for layer in twins.values() if not _is_pinned(layer.name, recipe)]
     found: dict[str, dict[str, Option]] = {}
-    overhead = 0.0
+    overhead = plain = 0.0
     for done, width in enumerate(WIDTHS):
         progress("sensitivity by width", done, len(WIDTHS))
         able = [layer for layer in free if width in widths(base, layer.kind)]
@@ -104,13 +114,16 @@ def measure_options(recipe: Recipe, quantize: Quantize, progress: Progress) -> O
         quantized = quantized_layers(program)
         computes = {name: noise_alone(program, quantized[name], twins[name])[1] for name in rules if name in bits}
         noises = _noises(base, twins, computes)
+        weights = {name: bits[name] * get_tensor(twin, twins[name].weight).numel() / 8 for name in bits}
+        rest = written - sum(weights.values())
+        if not found:
+            plain, overhead = rest, written - sum(weights[name] for name in computes)
+        nodes = (rest - plain) / max(1, len(computes))
         for name, compute in computes.items():
             weight = get_tensor(twin, twins[name].weight)
             in_float = Option(FLOAT, float(weight.nbytes), 0.0, LayerRule(glob.escape(name), skip=True))
-            stored = bits[name] * weight.numel() / 8
-            option = Option(str(width), stored, noises[name], rules[name], compute)
+            option = Option(str(width), weights[name], noises[name], rules[name], compute, nodes)
             found.setdefault(name, {FLOAT: in_float})[str(width)] = option
-        overhead = overhead or written - sum(found[name][str(width)].stored for name in computes)
     if not found:
         raise InputError("there is no layer to choose bits for", where=FLAG, fix="see --skip and [[layers]]")
     return Options(base, {layer.name: found[layer.name] for layer in free if layer.name in found}, overhead)
