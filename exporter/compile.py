@@ -38,9 +38,9 @@ from exporter.recipe_values import InputSpec
 from exporter.report import AllSums, Budget, Json, PassRecordView, Report, Sizes, SkipView, Sums
 from exporter.report_files import write_reports
 from exporter.sensitivity import measure_sensitivity
-from exporter.torchrun import joined
 from exporter.stage_noise import measure_stages
 from exporter.stages import with_stages
+from exporter.torchrun import joined
 from exporter.validate import OutputFigures, compare_layers, compare_outputs, eager_session, evaluate_metrics
 from exporter.versions import versions
 from passes import PASSES

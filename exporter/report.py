@@ -6,7 +6,8 @@
     passes     [{name, options, inserted, changed: [name], skipped: [{node, why}], measured: {figure: value}}]
     layers     [{name, kind, format, bits_per_weight, params, weight_sqnr_db,
                  output_sqnr_db: {own, accumulated, onnxruntime, onnxruntime_vs_eager_quantized},
-                 cosine, max_abs, kernel, why, evidence: see Evidence, causes: [{kind, why}]}]
+                 cosine, max_abs, kernel, why, evidence: see Evidence, causes: [{kind, why}],
+                 stage: {name, inherited, after: [layer], own, total, typical: {stage: dB}} or null}]
     outputs    {runtime: {output: figures}}          runtimes: eager_quantized, onnxruntime, tensorrt
     parity     {run: {output: figures}}              runs: onnxruntime, onnxruntime_unoptimized, tensorrt
     metrics    {name: {reference, eager_quantized, onnxruntime, tensorrt}}
@@ -121,6 +122,26 @@ class Cause:
 
 
 @dataclasses.dataclass(frozen=True)
+class Stage:
+    """Which stage made most of the noise at a layer's output; see `exporter.stages`.
+
+    name       quantization, lowering, runtime, tensorrt dialect
+    inherited  most of that noise came in from the layers before
+    after      the layers whose outputs it is computed from
+    own        {stage: SQNR in dB of the output when the values of the layers before are those without the stage}
+    total      {stage: SQNR in dB of the output in the network, with the stage against without it}
+    typical    {stage: `own` of a typical row}, for stages that should change nothing
+    """
+
+    name: str
+    inherited: bool = False
+    after: tuple[str, ...] = ()
+    own: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    total: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    typical: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
 class Histogram:
     """Counts of equal bins over [low, high], of the float values and of what quantization made of them."""
 
@@ -154,6 +175,7 @@ class LayerDiff:
     evidence: Evidence | None = None
     causes: tuple[Cause, ...] = ()
     why: str = ""
+    stage: Stage | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,11 +313,12 @@ def _pass(entry: dict[str, Any]) -> PassRecordView:
 
 
 def _layer(entry: dict[str, Any]) -> LayerDiff:
-    evidence = entry.get("evidence")
+    evidence, stage = entry.get("evidence"), entry.get("stage")
     nested = {
         "output_sqnr_db": LayerSqnr(**entry["output_sqnr_db"]),
         "evidence": None if evidence is None else Evidence(**evidence),
         "causes": tuple(Cause(**cause) for cause in entry.get("causes", ())),
+        "stage": None if stage is None else Stage(**stage | {"after": tuple(stage["after"])}),
     }
     return LayerDiff(**entry | nested)
 
