@@ -1,6 +1,6 @@
 """The likely causes of a layer's error: rules over its figures, each named with what speaks for it.
 
-    lowering          the file, node by node, is no closer to the graph it was written from than the network is to float
+    lowering          here the file begins to differ from the graph it was written from; see `exporter.stages`
     inherited         at least half of the noise at its output came in with its input: own > accumulated + 3 dB
     clipping          a quarter or more of a quantizer's error comes from values outside its range
     outlier channels  one channel is OUTLIER_RATIO times the median one: it takes 3 bits from the others
@@ -18,6 +18,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from exporter.metrics import EXACT_DB
 from exporter.report import Cause, Evidence, LayerDiff
+from exporter.stages import describe, is_fault
 
 LOWERING, INHERITED, CLIPPING, OUTLIERS = "lowering", "inherited", "clipping", "outlier channels"
 COARSE, ROUNDING, FOLDING = "coarse bits", "rounding", "folding"
@@ -75,12 +76,8 @@ def likely_causes(layer: LayerDiff, folded: bool = False) -> tuple[Cause, ...]:
 
 
 def _lowering(layer: LayerDiff) -> Iterator[Cause]:
-    output = layer.output_sqnr_db
-    file, network = output.onnxruntime_vs_eager_quantized, output.accumulated
-    if file is not None and network is not None and file <= network + HALF_DB and file < EXACT_DB:
-        yield Cause(
-            LOWERING, f"the file is {file:.1f} dB from the graph it was written from ({network:.1f} from float)"
-        )
+    if is_fault(layer.stage):
+        yield Cause(LOWERING, describe(layer.stage))
 
 
 def _inherited(layer: LayerDiff) -> Iterator[Cause]:

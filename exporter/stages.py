@@ -13,6 +13,7 @@ So a fault is said of the layer where it arises. Layers behind it say of which s
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeGuard
 
 from exporter.metrics import EXACT_DB
 from exporter.report import LayerDiff, Stage
@@ -23,6 +24,7 @@ FLOAT_SUMS_DB = 100.0
 """Sums of K products in float32 differ by about sqrt(K) 2^-24 of their size in another order: 108 dB at K = 16384."""
 
 EXACT_STAGES = (LOWERING, DIALECT)
+WRITTEN = {LOWERING: "file", DIALECT: "file for TensorRT"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +71,48 @@ def _energy(db: float) -> float:
     return 0.0 if db >= EXACT_DB else float(10 ** (-db / 10))
 
 
-def faults(layers: Sequence[LayerDiff]) -> tuple[LayerDiff, ...]:
-    """The layers where a stage that should change nothing does, in network order."""
-    return tuple(
-        entry for entry in layers if entry.stage and entry.stage.name in EXACT_STAGES and not entry.stage.inherited
-    )
+def is_fault(stage: Stage | None) -> TypeGuard[Stage]:
+    """True when a stage that should change nothing begins to here."""
+    return stage is not None and stage.name in EXACT_STAGES and not stage.inherited
+
+
+def source(layers: Sequence[LayerDiff]) -> LayerDiff | None:
+    """The layer to look at first: where a fault arises, or else the one that makes most noise by itself.
+
+    Of several faults the first in network order. None without measured layers.
+    """
+    found = [(layer, layer.stage) for layer in layers if layer.stage is not None]
+    fault = next((layer for layer, stage in found if is_fault(stage)), None)
+    return fault or min((layer for layer, _ in found), key=_own, default=None)
+
+
+def _own(layer: LayerDiff) -> float:
+    """The lowest SQNR that a stage leaves here by itself."""
+    return min(layer.stage.own.values(), default=EXACT_DB) if layer.stage else EXACT_DB
+
+
+def own_stage(stage: Stage) -> str:
+    """The stage that makes most noise here by itself."""
+    return stage.name if is_fault(stage) else min(stage.own, key=lambda name: stage.own[name], default=stage.name)
+
+
+def short(stage: Stage | None) -> str:
+    """A stage in a table: its name, and whether its noise came in from the layers before."""
+    return "" if stage is None else f"{stage.name}, inherited" if stage.inherited else stage.name
+
+
+def describe(stage: Stage) -> str:
+    """One sentence: what the stage is to the layer, and the figures that say so."""
+    behind = f" (behind {', '.join(stage.after)})" if stage.after else ""
+    own, total = (_db(side.get(stage.name)) for side in (stage.own, stage.total))
+    if not is_fault(stage):
+        where = f"mostly from layers before it{behind}" if stage.inherited else "mostly of its own"
+        return f"{stage.name}, {where}: {own} alone, {total} in the network"
+    beside = f", quantization {_db(stage.own[QUANTIZATION])}" if QUANTIZATION in stage.own else ""
+    typical = f", a typical row {_db(stage.typical[stage.name])}" if stage.name in stage.typical else ""
+    fault = f"the {WRITTEN[stage.name]} begins to differ here{behind} from the graph it was written from"
+    return f"{fault}: {own}{typical}{beside}"
+
+
+def _db(value: float | None) -> str:
+    return "not measured" if value is None else "exact" if value >= EXACT_DB else f"{value:.1f} dB"

@@ -11,7 +11,7 @@ from exporter.causes import explain, likely_causes, worth_a_look
 from exporter.compile import compile_model
 from exporter.metrics import EXACT_DB
 from exporter.recipe import Recipe
-from exporter.report import Evidence, LayerDiff, LayerSqnr
+from exporter.report import Evidence, LayerDiff, LayerSqnr, Stage
 from tests.passes.nets import seeded
 
 GOOD = Evidence(
@@ -31,7 +31,12 @@ GOOD = Evidence(
 )
 
 
-def layer(*, own: float = 44.0, total: float = 43.0, file: float = 140.0, kernel: str = "QGemm", **evidence: object):
+FAULT = Stage("lowering", after=("stem",), own={"quantization": 44.0, "lowering": 20.0}, total={"lowering": 20.0})
+
+
+def layer(
+    *, own: float = 44.0, total: float = 43.0, kernel: str = "QGemm", stage: Stage | None = None, **evidence: object
+):
     return LayerDiff(
         "fc",
         "linear",
@@ -39,8 +44,9 @@ def layer(*, own: float = 44.0, total: float = 43.0, file: float = 140.0, kernel
         8.0,
         64,
         45.0,
-        LayerSqnr(own, total, total, file),
+        LayerSqnr(own, total, total, 140.0),
         kernel=kernel,
+        stage=stage,
         evidence=dataclasses.replace(GOOD, **evidence),
     )
 
@@ -76,8 +82,8 @@ def layer(*, own: float = 44.0, total: float = 43.0, file: float = 140.0, kernel
             layer(own=53.0, total=43.0),
             [("inherited", "90 % of its noise comes from layers before it (alone it is 53.0 dB"), ("rounding", "")],
         ),
-        (layer(file=46.0), [("lowering", "the file is 46.0 dB from the graph"), ("rounding", "")]),
-        (layer(file=46.1), [("rounding", "")]),
+        (layer(stage=FAULT), [("lowering", "the file begins to differ here (behind stem)"), ("rounding", "")]),
+        (layer(stage=dataclasses.replace(FAULT, inherited=True)), [("rounding", "")]),
         (layer(kernel="FusedConv"), [("rounding", ""), ("folding", "FusedConv computes in float")]),
         (
             layer(kernel="QGemm, DequantizeLinear+Gemm"),
@@ -101,7 +107,7 @@ def test_a_float_layer_only_inherits():
 
 
 def test_an_exact_network_has_no_causes():
-    same = layer(own=EXACT_DB, total=EXACT_DB, file=EXACT_DB, weight_only_db=EXACT_DB, input_only_db=EXACT_DB)
+    same = layer(own=EXACT_DB, total=EXACT_DB, weight_only_db=EXACT_DB, input_only_db=EXACT_DB)
     assert likely_causes(same) == ()
 
 

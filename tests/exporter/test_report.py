@@ -19,6 +19,7 @@ from exporter.report import (
     Report,
     Sizes,
     SkipView,
+    Stage,
     Sums,
 )
 
@@ -50,6 +51,7 @@ REPORT = Report(
             "QLinearConv",
             Evidence(weight_bits=8.0, input_bits=8, weight_outlier_ratio=9.5, weight_outlier_axis="input"),
             (Cause("outlier channels", "input channel 3 of the weight"),),
+            stage=Stage("quantization", True, ("stem",), {"quantization": 38.0}, {"quantization": 36.5}),
         ),
         LayerDiff("head", "linear", "float32", 32.0, 640),
     ),
@@ -89,7 +91,7 @@ def test_a_report_without_evidence_is_read():
     data = json.loads(REPORT.to_json())
     del data["histograms"]
     for entry in data["layers"]:
-        del entry["evidence"], entry["causes"]
+        del entry["evidence"], entry["causes"], entry["stage"]
     read = Report.from_json(json.dumps(data))
     assert read.histograms == {}
     assert read.layers[0].causes == ()
