@@ -45,13 +45,15 @@ SHORT_ZERO = 256.0
 class HQQ(WeightPass):
     """Options of HQQ, and its pass.
 
-    bits        1, 2, 3, 4 or 8
-    group_size  k: groups of k weights; along axis 1 also -1: per output channel, 0: per tensor
-    axis        1: groups of inputs; 0: of outputs
-    lp_norm     p of the error that the levels minimize, more than 0, at most 4
-    quant_zero, quant_scale           quantize zero points and scales too
-    meta_bits, meta_group_size        how: width of their codes, 4 to 8, and how many share a range, 0: all
-    hessian     codes by GPTQ against calibration data instead of rounding
+    bits             1, 2, 3, 4 or 8
+    group_size       k: groups of k weights; along axis 1 also -1: per output channel, 0: per tensor
+    axis             1: groups of inputs; 0: of outputs
+    lp_norm          p of the error that the levels minimize, more than 0, at most 4
+    quant_zero       zero points are quantized too
+    quant_scale      scales are quantized too
+    meta_bits        width of the codes of quantized scales and zero points, 4 to 8
+    meta_group_size  how many of them share a range; 0: all
+    hessian          codes by GPTQ against calibration data instead of rounding
 
     The output head keeps at least 8 bits, and is then per output channel, unless the recipe sets its bits by name.
     """

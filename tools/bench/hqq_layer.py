@@ -45,18 +45,23 @@ def hessian(problem: LayerProblem, options: HQQ) -> AffineWeight:
 
 
 def reference(problem: LayerProblem, options: HQQ) -> Tensor:
-    """The dequantized weight by the hqq package."""
+    """The hqq package."""
+    return package_weight(problem.weight, options)
+
+
+def package_weight(weight: Tensor, options: HQQ) -> Tensor:
+    """The weight as the hqq package quantizes it, dequantized."""
     quantizer = importlib.import_module("hqq.core.quantize").Quantizer
     packed, meta = quantizer.quantize(
-        problem.weight,
+        weight,
         nbits=options.bits,
         group_size=options.group_size,
         axis=options.axis,
         compute_dtype=torch.float32,
         device="cpu",
     )
-    weight: Tensor = quantizer.dequantize(packed, meta)
-    return weight
+    dequantized: Tensor = quantizer.dequantize(packed, meta)
+    return dequantized
 
 
 def measure(problem: LayerProblem, options: HQQ, rivals: list[Quantize], repeat: int) -> list[tuple[float, float, str]]:
