@@ -26,6 +26,7 @@ from exporter.render.text import (
     gate_state,
     headline,
     kernels,
+    loss_by_stage,
     measured,
     metric,
     numbers_that_matter,
@@ -36,6 +37,7 @@ from exporter.render.text import (
     verdict,
 )
 from exporter.report import LayerDiff, Report
+from exporter.stages import describe, short
 
 LOWEST_DB, HIGHEST_DB = -20.0, 120.0
 """What the chart spans at most: an exact or a broken layer would flatten all others."""
@@ -64,6 +66,7 @@ def render(report: Report, timings: Mapping[str, Any]) -> str:
         layers=[_row(index, layer) for index, layer in enumerate(report.layers)],
         kinds=sorted({cause.kind for layer in report.layers for cause in layer.causes}),
         kernels=kernels(report.layers),
+        lost=loss_by_stage(report),
         worst=[_worst(index, layer) for index, layer in _worth_a_look(report)],
         passes=report.passes,
         measured=measured,
@@ -150,6 +153,7 @@ def _row(index: int, layer: LayerDiff) -> dict[str, Any]:
         "kind": layer.kind,
         "format": layer.format,
         "kernel": layer.kernel or "",
+        "stage": short(layer.stage),
         "causes": list(dict.fromkeys(cause.kind for cause in layer.causes)),
         "figures": [
             (f"{layer.bits_per_weight:.2f}", layer.bits_per_weight),
@@ -178,8 +182,12 @@ def _worst(index: int, layer: LayerDiff) -> dict[str, Any]:
 
 
 def _facts(layer: LayerDiff) -> str:
+    """What the panel and the list of the worst say of a layer in one line."""
+    stage = f". Loss: {describe(layer.stage)}" if layer.stage is not None else ""
     own, weight = decibels(layer.output_sqnr_db.own), decibels(layer.weight_sqnr_db)
-    return f"{layer.kind}, {layer.format}, {layer.bits_per_weight:.2f} bits; alone {own} dB, its weight {weight} dB"
+    return (
+        f"{layer.kind}, {layer.format}, {layer.bits_per_weight:.2f} bits; alone {own} dB, its weight {weight} dB{stage}"
+    )
 
 
 def _data(report: Report) -> dict[str, Any]:

@@ -3,8 +3,8 @@
     <testsuite name="qexport gates">                  a case a gate
     <testsuite name="layer.output_sqnr_db&gt;=15">    a case a layer, for a gate on layers
 
-A gate that failed is a failure, one whose figure was not measured an error. There is no time in it: equal reports give
-equal bytes.
+A gate that failed is a failure, which says of a layer where its loss came from; one whose figure was not measured is an
+error. There is no time in it: equal reports give equal bytes.
 """
 
 import re
@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 from exporter.gates import judge_layers, parse_gate
 from exporter.render.text import metric
 from exporter.report import GateResult, Report
+from exporter.stages import describe
 
 GATES = "qexport gates"
 NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -28,24 +29,27 @@ def render(report: Report) -> str:
         if layers:
             suites[gate.expr] = layers
     name = str(report.model.get("name", "model"))
+    stages = {layer.name: describe(layer.stage) for layer in report.layers if layer.stage is not None}
     every = [verdict for cases in suites.values() for verdict in cases.values()]
     root = ElementTree.Element("testsuites", {"name": _text(name), **_counts(every)})
     for suite, cases in suites.items():
         element = ElementTree.SubElement(root, "testsuite", {"name": _text(suite), **_counts(cases.values())})
         for case, verdict in cases.items():
-            _add_case(element, f"{name}.{suite}", case, verdict)
+            _add_case(element, f"{name}.{suite}", case, verdict, stages.get(verdict.where, ""))
     ElementTree.indent(root)
     text: bytes = ElementTree.tostring(root, encoding="utf-8", xml_declaration=True)
     return text.decode() + "\n"
 
 
-def _add_case(suite: ElementTree.Element, group: str, name: str, verdict: GateResult) -> None:
+def _add_case(suite: ElementTree.Element, group: str, name: str, verdict: GateResult, stage: str) -> None:
     case = ElementTree.SubElement(suite, "testcase", {"classname": _text(group), "name": _text(name)})
     if not verdict.measured:
         where = f" in {verdict.where}" if verdict.where else ""
         ElementTree.SubElement(case, "error", {"message": _text(f"not measured{where}"), "type": "not measured"})
     elif not verdict.passed:
-        message = f"{metric(verdict.value)} in {verdict.where}, must be {verdict.expr}"
+        message = f"{metric(verdict.value)} in {verdict.where}, must be {verdict.expr}" + (
+            f"; {stage}" if stage else ""
+        )
         ElementTree.SubElement(case, "failure", {"message": _text(message), "type": "gate"})
 
 

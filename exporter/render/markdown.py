@@ -15,6 +15,7 @@ from exporter.render.text import (
     headline,
     kernels,
     layer_sqnr,
+    loss_by_stage,
     measured,
     metric,
     numbers_that_matter,
@@ -27,6 +28,7 @@ from exporter.render.text import (
     worst_layers,
 )
 from exporter.report import PassRecordView, Report
+from exporter.stages import short
 
 WORST_LAYERS = 10
 SKIPS_SHOWN = 20
@@ -108,15 +110,18 @@ def _layers(report: Report) -> str:
             decibels(layer.output_sqnr_db.own),
             decibels(layer.output_sqnr_db.worst),
             _text(layer.kernel or NONE),
+            short(layer.stage) or NONE,
             ", ".join(dict.fromkeys(cause.kind for cause in layer.causes)) or NONE,
         )
         for layer in shown
     ]
-    headings = ("layer", "format", "bits", "weight dB", "own dB", "network dB", "kernel", "likely causes")
+    headings = ("layer", "format", "bits", "weight dB", "own dB", "network dB", "kernel", "stage", "likely causes")
     known = sum(layer_sqnr(layer) is not None for layer in report.layers)
     title = f"**Worst layers** ({len(shown)} of {known})"
     used = ", ".join(f"{name} {number}" for name, number in kernels(report.layers).items())
-    parts = [title, _table(headings, rows, "llrrrrll")] if rows else []
+    parts = [title, _table(headings, rows, "llrrrrlll")] if rows else []
+    lost = loss_by_stage(report)
+    parts += [f"Where the accuracy went: {_cell(_text(lost))}"] if lost else []
     parts += [f"Kernels: {_cell(_text(used))}"] if used else []
     return "\n\n".join(parts + _forms(report))
 

@@ -14,6 +14,7 @@ from exporter.render.text import (
     gate_state,
     headline,
     kernels,
+    loss_by_stage,
     magnitude,
     metric,
     percent,
@@ -42,6 +43,9 @@ def render(report: Report) -> RenderableType:
         _gates(report),
     )
     parts += [Padding(table, (1, 0, 0, 0)) for table in tables if table.row_count]
+    lost = loss_by_stage(report)
+    if lost:
+        parts.append(Text(f"\n{lost}"))
     used = ", ".join(f"{name} {number}" for name, number in kernels(report.layers).items())
     if used:
         parts.append(Text(f"\nkernels: {used}"))

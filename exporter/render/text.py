@@ -1,5 +1,6 @@
 """What every rendering says in the same words: the verdict, figures as text, which layers to look at first."""
 
+import collections
 import dataclasses
 import shlex
 from collections.abc import Callable, Iterable, Mapping
@@ -8,6 +9,7 @@ from typing import Any
 from exporter.gates import FILES
 from exporter.metrics import EXACT_DB, WORST, Figures
 from exporter.report import GateResult, Json, LayerDiff, Report
+from exporter.stages import is_fault, own_stage, source
 
 NONE = "-"
 
@@ -175,6 +177,18 @@ def _rows(runs: Mapping[str, Mapping[str, Figures]]) -> list[tuple[str, Figures]
             name = RUNTIMES.get(run, run)
             rows.append((name if len(outputs) == 1 else f"{name}: {output}", figures))
     return rows
+
+
+def loss_by_stage(report: Report) -> str:
+    """One line: where to look first, and how many layers have most of their noise from which stage; "" if unknown."""
+    first = source(report.layers)
+    if first is None or first.stage is None:
+        return ""
+    stage = own_stage(first.stage)
+    counts = collections.Counter(layer.stage.name for layer in report.layers if layer.stage is not None)
+    listed = ", ".join(f"{name} {number}" for name, number in counts.most_common())
+    what = "first fault" if is_fault(first.stage) else "most noise of one layer"
+    return f"{what}: {stage} at {first.name}, {decibels(first.stage.own.get(stage))} dB; layers by stage: {listed}"
 
 
 def kernels(layers: Iterable[LayerDiff]) -> dict[str, int]:

@@ -14,6 +14,7 @@ from exporter.report import (
     Report,
     Sizes,
     SkipView,
+    Stage,
 )
 
 FIGURES = Figures(34.26, 0.99981, 0.0639, 0.0154, 0.995, 0.000161)
@@ -85,9 +86,17 @@ def report(*layers: LayerDiff) -> Report:
     )
 
 
+FAULT = Stage(
+    "lowering",
+    after=("a",),
+    own={"quantization": 35.0, "lowering": 18.0},
+    total={"quantization": 30.0, "lowering": 18.0},
+    typical={"lowering": 19.0},
+)
+
 SMALL = report(
     layer("a", 30.0),
-    layer("b", 18.0, causes=(Cause("clipping", "2 % of the input's values lie outside its range"),)),
+    layer("b", 18.0, causes=(Cause("clipping", "2 % of the input's values lie outside its range"),), stage=FAULT),
     layer("c.linear", 25.0, kind="linear", kernel="MatMulNBits"),
     layer("float", 27.0, format="float32", bits_per_weight=32.0, weight_sqnr_db=None, kernel=None, evidence=None),
 )

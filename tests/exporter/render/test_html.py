@@ -12,7 +12,8 @@ import pytest
 from exporter.metrics import EXACT_DB
 from exporter.render.html import render
 from exporter.report import LayerSqnr, PassRecordView, Report, SkipView
-from tests.exporter.render.reports import BIG, HOSTILE, LATENCY, SMALL, histograms, layer, report
+from exporter.stages import describe
+from tests.exporter.render.reports import BIG, FAULT, HOSTILE, LATENCY, SMALL, histograms, layer, report
 
 VOID = {"meta", "input", "link", "img", "br", "hr"}
 MAY_LOAD = {"src", "srcset", "data", "action", "poster", "background", "formaction", "ping"}
@@ -95,7 +96,8 @@ def test_the_licence_of_the_library_is_kept():
         "not measured",
         "onnxruntime, unoptimized",
         "2 % of the input's values lie outside its range",
-        "conv, int8, 8.50 bits; alone 23.0 dB, its weight 41.2 dB",
+        f"conv, int8, 8.50 bits; alone 23.0 dB, its weight 41.2 dB. Loss: {describe(FAULT)}",
+        "Where the accuracy went: first fault: lowering at b, 18.0 dB; layers by stage: lowering 1.",
         "MatMulNBits",
         ": it branches",
         "qexport mobilenet.pt2 --passes cle,gptq:bits=4 --target onnx --seed 0 --gate 'sqnr_db>=40'",

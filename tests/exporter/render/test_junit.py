@@ -5,7 +5,8 @@ from xml.etree import ElementTree
 
 from exporter.render.junit import render
 from exporter.report import GateResult
-from tests.exporter.render.reports import BIG, HOSTILE, SMALL, layer, report
+from exporter.stages import describe
+from tests.exporter.render.reports import BIG, FAULT, HOSTILE, SMALL, layer, report
 
 
 def suites(text: str) -> dict[str, ElementTree.Element]:
@@ -23,7 +24,7 @@ def test_a_case_a_gate():
     cases = {case.attrib["name"]: outcome(case) for case in suites(render(SMALL))["qexport gates"]}
     assert cases == {
         "sqnr_db>=40": ("failure", "34.26 in onnxruntime logits, must be sqnr_db>=40"),
-        "layer.output_sqnr_db>=20": ("failure", "18 in b, must be layer.output_sqnr_db>=20"),
+        "layer.output_sqnr_db>=20": ("failure", "18 in b, must be layer.output_sqnr_db>=20; " + describe(FAULT)),
         "max_abs<=0.1": ("passed", ""),
         "tensorrt.kl<=1": ("error", "not measured in tensorrt"),
     }

@@ -7,7 +7,7 @@ import pytest
 
 from exporter.metrics import Figures
 from exporter.render.markdown import render
-from exporter.report import Cause, GateResult, LayerDiff, LayerSqnr, PassRecordView, Report, Sizes, SkipView
+from exporter.report import Cause, GateResult, LayerDiff, LayerSqnr, PassRecordView, Report, Sizes, SkipView, Stage
 
 FIGURES = Figures(34.26, 0.99981, 0.0639, 0.0154, 0.995, 0.000161)
 
@@ -36,6 +36,7 @@ REPORT = Report(
             0.1,
             "QLinearConv",
             causes=(Cause("clipping", "much"), Cause("rounding", "weight"), Cause("rounding", "input")),
+            stage=Stage("lowering", True, own={"quantization": 30.0, "lowering": 140.0}, total={"lowering": 20.0}),
         ),
         LayerDiff("good", "linear", "int4_group", 4.25, 1000, 40.0, LayerSqnr(30.0, 25.0), 0.99, 0.1, "MatMulNBits"),
     ),
@@ -62,8 +63,9 @@ REPORT = Report(
         "| `model.onnx` | 1.04 MB | 26.00 % |",
         "- **0.987 → 0.985** accuracy, float → quantized (SQNR 34.3 dB, top-1 agreement 99.50 %)",
         "- **26.0 %** of the float size (1.04 MB instead of 4 MB)",
-        "| `bad` | int8_channel | 8.50 | 40.0 | 30.0 | 20.0 | QLinearConv | clipping, rounding |",
-        "| `good` | int4_group | 4.25 | 40.0 | 30.0 | 25.0 | MatMulNBits | - |",
+        "| `bad` | int8_channel | 8.50 | 40.0 | 30.0 | 20.0 | QLinearConv | lowering, inherited | clipping, rounding |",
+        "| `good` | int4_group | 4.25 | 40.0 | 30.0 | 25.0 | MatMulNBits | - | - |",
+        "Where the accuracy went: most noise of one layer: quantization at bad, 30.0 dB; layers by stage: lowering 1",
         "<details><summary>2 passes, 1 node skipped</summary>",
         "Kernels: MatMulNBits 1, QLinearConv 1",
         "| `fold-bn` (inserted) |  | 2 | 0 |  |",

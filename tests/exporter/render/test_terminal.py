@@ -7,11 +7,13 @@ from rich.console import Console
 
 from exporter.metrics import Figures
 from exporter.render.terminal import render
-from exporter.report import GateResult, LayerDiff, LayerSqnr, Report, Sizes
+from exporter.report import GateResult, LayerDiff, LayerSqnr, Report, Sizes, Stage
 
 FIGURES = Figures(34.26, 0.99981, 0.0639, 0.0154, 0.995, 0.000161)
 
 LONG = "model.decoder.layers.23.self_attention.heads.of.a.name.that.is.a.hundred.long.query_key_value_projection[red]"
+
+STAGE = Stage("lowering", own={"lowering": 12.5}, total={"lowering": 12.5})
 
 REPORT = Report(
     model={"name": "opt.pt2"},
@@ -20,7 +22,9 @@ REPORT = Report(
     calibration={},
     warnings=("calibration data is synthetic: figures say little about real input, give --calib to be sure of them",),
     layers=(
-        LayerDiff(LONG, "linear", "int4_group", 4.25, 1000, -12.5, LayerSqnr(-10.5, -10.25), 0.9, 1.0, "A" * 40),
+        LayerDiff(
+            LONG, "linear", "int4_group", 4.25, 1000, -12.5, LayerSqnr(-10.5, -10.25), 0.9, 1.0, "A" * 40, stage=STAGE
+        ),
         LayerDiff("head[0]", "linear", "float32", 32.0, 1000, 300.0, LayerSqnr(300.0, 300.0)),
     ),
     outputs={run: {LONG: FIGURES, "b": FIGURES} for run in ("eager_quantized", "onnxruntime", "tensorrt")},
@@ -94,3 +98,9 @@ def test_empty_tables_are_left_out():
 def test_verdict_without_failures():
     passed = dataclasses.replace(REPORT, gates=REPORT.gates[1:2])
     assert shown(passed)[0].rstrip() == "opt.pt2: passed its gate"
+
+
+def test_the_first_fault_is_named():
+    text = " ".join(line.strip() for line in shown(REPORT))
+    assert "first fault: lowering at model.decoder" in text
+    assert "12.5 dB; layers by stage: lowering 1" in text
