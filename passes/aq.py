@@ -25,7 +25,8 @@ from passes.aq_rows import Rows, cut_rows, moments_of
 from passes.aq_scales import TABLE_ITERATIONS, group_scales, round_to_tables, update_scales
 from passes.aq_search import sweep
 from passes.aq_start import feedback_of, first_codes
-from passes.base import PassError, Program
+from passes.base import PassError, PassResult, Program
+from passes.block_tune import tune_blocks
 from passes.graph import Layer
 from passes.rtn import RTN
 from passes.threads import single_thread
@@ -57,6 +58,9 @@ class AQ(WeightPass):
     kmeans_iterations    steps of that
     shuffle              blocks and codebooks are visited in random order
     damp                 for the first codes: added to the Hessian's diagonal, as a fraction of its mean
+    tune                 steps by which codebooks, scales, biases and norms of each block of layers are tuned to the
+                         float network's output when all are quantized, see passes.block_tune; 0: none
+    tune_rate            learning rate of that
     embedding_codebooks  embedding tables get codebooks, too, instead of `embeddings` bits
 
     The output head gets 8-bit weights unless the recipe sets one of these options for it by name.
@@ -79,6 +83,8 @@ class AQ(WeightPass):
     damp: float = 0.01
     embeddings: int = 8
     embedding_codebooks: bool = False
+    tune: int = 0
+    tune_rate: float = 0.003
 
     name: ClassVar[str] = "aq"
     summary: ClassVar[str] = "blocks of weights as sums of codebook entries: about 2 bits a weight"
@@ -101,6 +107,8 @@ class AQ(WeightPass):
             "sample": (1, 1 << 30),
             "kmeans_iterations": (0, 10000),
             "damp": (0, 10),
+            "tune": (0, 1_000_000),
+            "tune_rate": (0, 1),
         }
         for option, (low, high) in limits.items():
             value = getattr(self, option)
@@ -108,6 +116,15 @@ class AQ(WeightPass):
                 raise PassError(
                     f"{self.name}: {option}={value} is not in {low}..{high}", fix=f"see qexport passes {self.name}"
                 )
+
+    def run(self, program: Program) -> PassResult:
+        """Quantize every layer that can be, in the graph's order, then tune the blocks they are in."""
+        result = super().run(program)
+        if not self.tune:
+            return result
+        with single_thread():
+            ratios = tune_blocks(program, self.tune, self.tune_rate)
+        return dataclasses.replace(result, measured={**result.measured, "tuned_blocks": float(len(ratios))})
 
     def for_layer(self, program: Program, layer: Layer) -> WeightPass:
         """Besides the recipe's options: the head's width."""
