@@ -137,7 +137,7 @@ def save_checkpoint(program: Program, folder: Path) -> Path:
             for name in parts:
                 tensors.pop(name, None)  # already when two layers share it
             entries[layer.name], packed = _packed(graph, layer, parts[0], tensors.keys())
-            tensors.update(packed)
+            tensors.update({name: program.memory.keep(tensor) for name, tensor in packed.items()})
     stored, aliases = _without_sharing(tensors)
     content = {
         "schema_version": SCHEMA_VERSION,

@@ -14,7 +14,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 ACTIVATIONS_SHARE = 4
@@ -39,12 +41,20 @@ def map_file(file: BinaryIO, length: int) -> Tensor:
 def release(tensors: Iterable[Tensor]) -> None:
     """Give back the memory of mapped tensors; others stay as they are."""
     for tensor in tensors:
-        start = tensor.data_ptr()
-        for base, mapping in _MAPPINGS.items():
-            if base <= start < base + len(mapping):
-                first = (start - base) // mmap.PAGESIZE * mmap.PAGESIZE
-                mapping.madvise(mmap.MADV_DONTNEED, first, start - base + tensor.nbytes - first)
-                break
+        _release(tensor.data_ptr(), tensor.nbytes)
+
+
+def release_array(array: NDArray[np.generic]) -> None:
+    """Likewise for an array that shares a mapped tensor's memory."""
+    _release(array.ctypes.data, array.nbytes)
+
+
+def _release(start: int, length: int) -> None:
+    for base, mapping in _MAPPINGS.items():
+        if base <= start < base + len(mapping):
+            first = (start - base) // mmap.PAGESIZE * mmap.PAGESIZE
+            mapping.madvise(mmap.MADV_DONTNEED, first, start - base + length - first)
+            break
 
 
 def is_mapped(tensor: Tensor) -> bool:

@@ -23,13 +23,17 @@ from torch import Tensor, fx
 from exporter.lowering.ops import DOMAIN, TRANSLATIONS
 from passes.calibration import Batch
 from passes.graph import inputs_of
+from passes.memory import Memory, release_array
 from passes.weights import QuantWeight
 
 OPSET = 21
 IR_VERSION = 10
 KEPT_METADATA = ("pkg.torch.onnx.name_scopes",)
-EXTERNAL_DATA_ABOVE = 1_800_000_000
-"""Bytes of weights above which they go into a file of their own: a protobuf ends at 2 GiB."""
+EXTERNAL_DATA_ABOVE = 500_000_000
+"""Bytes of weights above which they go into a file of their own: one file is built in memory, and ends at 2 GiB."""
+
+LARGE = 1 << 16
+"""Bytes from which on a constant is worth a place on disk."""
 
 Array = NDArray[np.generic]
 
@@ -133,8 +137,8 @@ class Node:
 class Builder:
     """Collects the nodes that replace one neutral node, under the layer's name."""
 
-    def __init__(self, model: ir.Model, scope: str) -> None:
-        self.model, self.scope = model, scope
+    def __init__(self, model: ir.Model, scope: str, memory: Memory | None = None) -> None:
+        self.model, self.scope, self.memory = model, scope, memory or Memory()
         self.nodes: list[ir.Node] = []
         self.constants: list[ir.Value] = []
         self._counts: dict[str, int] = {}
@@ -150,7 +154,7 @@ class Builder:
 
     def constant(self, name: str, array: Array | np.generic | ir.TensorProtocol) -> ir.Value:
         """An initializer of its own (never one shared with another layer), named after the layer."""
-        tensor = ir.tensor(np.asarray(array)) if isinstance(array, np.ndarray | np.generic) else array
+        tensor = self._kept(ir.tensor(np.asarray(array)) if isinstance(array, np.ndarray | np.generic) else array)
         full, count = f"{self.scope}.{name}", 1
         while full in self.model.graph.initializers:
             count += 1
@@ -161,6 +165,17 @@ class Builder:
         self.model.graph.register_initializer(value)
         self.constants.append(value)
         return value
+
+    def _kept(self, tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+        """The tensor where the program keeps what it holds for long."""
+        if tensor.nbytes < LARGE:
+            return tensor
+        raw = raw_of(tensor)
+        kept = self.memory.keep(torch.from_numpy(np.ascontiguousarray(raw).reshape(-1).view(np.uint8)))
+        array = kept.numpy().view(raw.dtype).reshape(raw.shape)
+        if isinstance(tensor, ir.PackedTensor):
+            return ir.PackedTensor(array, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()))
+        return ir.Tensor(array, tensor.dtype)
 
     @property
     def bytes(self) -> int:
@@ -189,7 +204,9 @@ class Dialect(abc.ABC):
     def fake_quantize_dynamic(self, b: Builder, node: Node) -> ir.Value: ...
 
 
-def expand(model: ir.Model, dialect: Dialect, weights: Mapping[str, QuantWeight]) -> dict[str, str]:
+def expand(
+    model: ir.Model, dialect: Dialect, weights: Mapping[str, QuantWeight], memory: Memory | None = None
+) -> dict[str, str]:
     """Replace every neutral node in place; returns {layer: name of the value that holds its output}.
 
     The layers come first: the nodes that made their weights in the graph are then read by nobody, and go.
@@ -202,9 +219,9 @@ def expand(model: ir.Model, dialect: Dialect, weights: Mapping[str, QuantWeight]
     }
     quantizers = {"FakeQuantize": dialect.fake_quantize, "FakeQuantizeDynamic": dialect.fake_quantize_dynamic}
     _make_room(model)
-    _expand(model, layers, weights)
+    _expand(model, layers, weights, memory)
     _remove_unread(model)
-    _expand(model, quantizers, weights)
+    _expand(model, quantizers, weights, memory)
     marks: dict[str, ir.Value] = {}
     for node in _neutral(model, "Mark"):
         source = node.inputs[0]
@@ -223,11 +240,14 @@ def _neutral(model: ir.Model, *kinds: str) -> list[ir.Node]:
 
 
 def _expand(
-    model: ir.Model, expansions: Mapping[str, Callable[[Builder, Node], ir.Value]], weights: Mapping[str, QuantWeight]
+    model: ir.Model,
+    expansions: Mapping[str, Callable[[Builder, Node], ir.Value]],
+    weights: Mapping[str, QuantWeight],
+    memory: Memory | None,
 ) -> None:
     for node in _neutral(model, *expansions):
         scope = node.attributes["name"].as_string() if "name" in node.attributes else str(node.name)
-        builder = Builder(model, scope.removeprefix("node_"))
+        builder = Builder(model, scope.removeprefix("node_"), memory)
         result = expansions[node.op_type](builder, Node(node, weights))
         for new in builder.nodes:
             for key in KEPT_METADATA:
@@ -284,15 +304,34 @@ def _clean(model: ir.Model) -> None:
 
 
 def save(model: ir.Model, path: Path) -> None:
-    """Write the model; weights past 2 GB go into `<path>.data` beside it."""
+    """Write the model; weights past EXTERNAL_DATA_ABOVE go one by one into `<path>.data` beside it."""
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
-    external = f"{path.name}.data" if size > EXTERNAL_DATA_ABOVE else None
-    ir.save(model, path, external_data=external)
+    if size <= EXTERNAL_DATA_ABOVE:
+        ir.save(model, path)
+        return
+    written: list[ir.TensorProtocol] = []
+
+    def let_go(tensor: ir.TensorProtocol, info: object) -> None:
+        for before in written:
+            release_array(raw_of(before))
+        written[:] = [tensor]
+
+    # One worker writes in order; more would hold as many tensors at once.
+    ir.save(model, path, external_data=f"{path.name}.data", callback=let_go, max_workers=1)
+
+
+def raw_of(tensor: ir.TensorProtocol) -> Array:
+    """The array that holds a tensor's values, packed if they are."""
+    raw = tensor.raw if isinstance(tensor, ir.PackedTensor) else tensor.numpy()
+    return np.asarray(raw)
 
 
 def packed_int4(codes: Array, name: str, *, signed: bool) -> ir.TensorProtocol:
-    """Codes as an INT4 or UINT4 tensor, two in a byte."""
-    return ir.tensor(codes.astype(ml_dtypes.int4 if signed else ml_dtypes.uint4), name=name)
+    """Codes [...] as an INT4 or UINT4 tensor, two in a byte, the first in its low half."""
+    flat = codes.reshape(-1).view(np.uint8) & 15
+    flat = np.append(flat, np.zeros(flat.size % 2, np.uint8))
+    kind = ir.DataType.INT4 if signed else ir.DataType.UINT4
+    return ir.PackedTensor(flat[0::2] | (flat[1::2] << 4), kind, shape=ir.Shape(codes.shape), name=name)
 
 
 def numpy_of(tensor: Tensor) -> Array:

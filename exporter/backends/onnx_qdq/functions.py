@@ -13,7 +13,7 @@ from exporter.lowering.to_onnx import OPSET, Builder
 
 def in_function(b: Builder, kind: str, write: Callable[[Builder], ir.Value]) -> ir.Value:
     """The value that `write` makes with the builder it is given, as a call of a function named after `kind`."""
-    inner = Builder(b.model, b.scope)
+    inner = Builder(b.model, b.scope, b.memory)
     result = write(inner)
     constants = inner.constants
     inputs = [ir.Value(name=f"x{index}") for index in range(len(constants))]

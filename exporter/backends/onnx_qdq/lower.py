@@ -56,10 +56,10 @@ class OnnxBackend(Backend):
         quantize_before_activation(fused.graph)
         wanted = {name: self._wanted(program, name) for name in fused.weights}
         forms = choose_forms(fused.graph, fused.weights, wanted)
-        round_again(fused.graph, forms)
+        round_again(fused.graph, fused.weights, forms)
         model = export(fused.graph, example, program.dynamic, program.output_names)
         dialect = OnnxRuntimeDialect(forms)
-        taps = expand(model, dialect, fused.weights)
+        taps = expand(model, dialect, fused.weights, program.memory)
         keep_float(model)
         path = folder / "model.onnx"
         save(model, path)

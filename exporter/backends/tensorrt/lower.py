@@ -5,7 +5,6 @@ The bundle is written without TensorRT; it can be carried to the machine with th
 """
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
@@ -23,7 +22,6 @@ from exporter.lowering.to_onnx import expand, export, save
 from passes.base import Program, TargetRules
 from passes.graph import get_tensor, inputs_of
 from passes.ops import FAKE_QUANTIZE, FAKE_QUANTIZE_DYNAMIC
-from passes.weights import CodebookWeight, QuantWeight
 from runtimes.base import Artifact
 
 TOKEN_BITS_ARGUMENT = 3  # of LINEAR
@@ -43,7 +41,9 @@ class TensorRTBackend(Backend):
         integer_elementwise=False,
         quantized_skip=True,
         dynamic_activations=False,
-        weight_zero_point=False,
+        weight_zero_point=True,
+        linear_bits=frozenset({1, 2, 3, 4, 8}),
+        conv_bits=frozenset({1, 2, 3, 4, 8}),
         integer_kinds=frozenset({"linear", "conv"}),  # a transposed convolution runs in float behind int8 activations
     )
 
@@ -54,31 +54,18 @@ class TensorRTBackend(Backend):
         all that is not quantized stay float. So `simulated` is the lowered graph itself.
         """
         fused = fuse(program, block_quantizes_input=False, narrow_conv_input=True)
-        refused = {**fused.refused, **weight_refusals(fused.weights), **refusals(fused.graph)}
+        refused = {**fused.refused, **refusals(fused.graph)}
         if refused:
             raise LoweringError(self.name, refused)
         model = export(fused.graph, program.calibration.example(), program.dynamic, program.output_names)
         dialect = TensorRTDialect()
-        taps = expand(model, dialect, fused.weights)
+        taps = expand(model, dialect, fused.weights, program.memory)
         save(model, folder / MODEL)
         inputs = tuple(str(node.target) for node in inputs_of(fused.graph))
         layers = tuple(dialect.layers)
         write_bundle(folder, Bundle(inputs, program.output_names, choose_profiles(program), self.arch, layers))
         artifact = Artifact("tensorrt", folder / MODEL, inputs, program.output_names)
         return Lowered(artifact, fused.graph, fused.graph, layers, taps)
-
-
-def weight_refusals(weights: Mapping[str, QuantWeight]) -> dict[str, str]:
-    """{layer: why} of the quantized weights that TensorRT has no form for."""
-    refused: dict[str, str] = {}
-    for layer, weight in weights.items():
-        if isinstance(weight, CodebookWeight):
-            refused[layer] = "TensorRT has no codebooks; use gptq:bits=4"
-        elif weight.axis != 1:
-            refused[layer] = "TensorRT has no groups along the outputs; use axis=1"
-        elif weight.zero_point is not None:
-            refused[layer] = "TensorRT has no weights with a zero point; use symmetric=true"
-    return refused
 
 
 def refusals(graph: fx.GraphModule) -> dict[str, str]:
