@@ -2,8 +2,8 @@
 
 Only A, B and m of passes.dora are learned, the codes stay. The start is not the usual one (B = 0) but, layer after
 layer, the adapter of least error against what the float network computes there (passes.dora.fitted): the target is W*
-of passes.asymmetric, so that a layer also makes up for errors of those before it. Then all of them are trained together
-on the calibration data, by Adam, against the float model's outputs.
+of passes.asymmetric, so that a layer also makes up for errors of those before it. Then, with `steps`, all of them are
+trained together on the calibration data, by Adam, against the float model's outputs.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ class QDoRA(Pass):
 
     rank      rows of A; at most what the layer has
     alpha     adapters are scaled by alpha / rank; 0: by 1
-    steps     of Adam, 8 samples each; 0: the closed form alone
+    steps     of Adam, 8 samples each; 0: the closed form alone, which generalizes better from little data
     lr        of the first step; falls to zero along half a cosine
     loss      kl: between the softmax of the outputs' last axis, for classifiers and language models; mse
     damp      added to the Hessian's diagonal for the closed form, as a fraction of its mean
@@ -55,8 +55,8 @@ class QDoRA(Pass):
 
     rank: int = 16
     alpha: float = 0.0
-    steps: int = 100
-    lr: float = 1e-3
+    steps: int = 0
+    lr: float = 3e-4
     loss: Loss = "mse"
     damp: float = 0.01
     notebook: bool = False
@@ -72,7 +72,7 @@ class QDoRA(Pass):
             raise PassError(f"qdora: rank={self.rank} is less than 1", fix="use rank=16")
         if self.alpha < 0 or self.steps < 0 or self.lr <= 0 or self.damp < 0:
             raise PassError(
-                "qdora: alpha, steps and damp are at least 0 and lr is positive", fix="use steps=100:lr=0.001"
+                "qdora: alpha, steps and damp are at least 0 and lr is positive", fix="use steps=100:lr=0.0003"
             )
         if self.loss not in get_args(Loss):
             raise PassError(f"qdora: loss={self.loss} is none", fix=f"use {' or '.join(get_args(Loss))}")
@@ -145,8 +145,7 @@ class QDoRA(Pass):
         batches = program.calibration.batches
         before = Student(program, {}, {}, self.loss).mean_loss(batches)
         start = student.mean_loss(batches)
-        self._train(program, student, generator)
-        after = student.mean_loss(batches)
+        after = self._train(program, student, generator) if self.steps else start
         if not after <= start:  # the steps led away, or to nan
             return adapters, {"loss_before": before, "loss_fitted": start, "loss_after": start}
         return student.adapters(), {"loss_before": before, "loss_fitted": start, "loss_after": after}
@@ -175,8 +174,8 @@ class QDoRA(Pass):
             attach(scratch.graph, layer, adapters[layer.name])
         return adapters
 
-    def _train(self, program: Program, student: "Student", generator: torch.Generator) -> None:
-        """Adam on small batches in random order."""
+    def _train(self, program: Program, student: "Student", generator: torch.Generator) -> float:
+        """Adam on small batches in random order; the loss in the end."""
         small = [part for batch in program.calibration.batches for part in cut(batch, BATCH)]
         optimizer = torch.optim.Adam(student.parameters(), lr=self.lr)
         order: list[int] = []
@@ -188,6 +187,7 @@ class QDoRA(Pass):
             optimizer.zero_grad()
             student.loss(small[order.pop()]).backward()
             optimizer.step()
+        return student.mean_loss(program.calibration.batches)
 
 
 class Student(fx.Interpreter):
