@@ -76,13 +76,18 @@ def _tunable(nodes: Sequence[fx.Node]) -> list[fx.Node]:
         elif node.target in (DEQUANTIZE, FAKE_QUANTIZE):
             continue
         for value in values:
-            if not isinstance(value, fx.Node) or value.op != "get_attr" or "val" not in value.meta:
+            if not isinstance(value, fx.Node) or value.op != "get_attr":
                 continue
-            if value.meta["val"].is_floating_point() and (
-                node.target is DEQUANTIZE_CODEBOOK or value.meta["val"].dim() == 1
-            ):
+            if node.target is DEQUANTIZE_CODEBOOK or _is_trained_vector(value):
                 found[value] = None
     return list(found)
+
+
+def _is_trained_vector(node: fx.Node) -> bool:
+    """True for a norm's or bias's numbers, known by their names: a capture keeps no parameters apart."""
+    value, leaf = node.meta.get("val"), str(node.target).rpartition(".")[2]
+    is_vector = isinstance(value, Tensor) and value.dim() == 1 and value.is_floating_point()
+    return is_vector and leaf.startswith(("weight", "bias"))
 
 
 def _tune(

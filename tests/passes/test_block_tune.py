@@ -25,10 +25,12 @@ class Block(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(32)
         self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+        self.table: Tensor
+        self.register_buffer("table", torch.linspace(0.9, 1.1, 32))
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, 32] -> [N, 32]."""
-        result: Tensor = x + self.down(torch.relu(self.up(self.norm(x))))
+        result: Tensor = x + self.down(torch.relu(self.up(self.norm(x) * self.table)))
         return result
 
 
@@ -80,6 +82,9 @@ def test_tuning_brings_the_output_closer_and_leaves_the_codes() -> None:
     assert set(ratios) == {"layers.0", "layers.1"}
     assert all(ratio < 0.95 for ratio in ratios.values())
     assert _distance(program) < 0.95 * before
+    targets = {str(node.target) for node in program.graph.graph.nodes if node.op == "get_attr"}
+    assert "layers.0.table" in targets  # not trained, not tuned
+    assert "layers.0.norm.weight" not in targets  # replaced by a tuned one
     tuned = _codebooks(program)
     for name, weight in weights.items():
         assert torch.equal(weight.codes, tuned[name].codes)
