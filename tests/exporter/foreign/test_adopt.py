@@ -155,3 +155,14 @@ def test_a_weight_that_is_read_elsewhere_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Exception, match=f"layer {name}: the model reads its weight elsewhere"):
         adopt(untouched, loaded.weights, tmp_path)
     assert torch.is_tensor(logits(program))
+
+
+def test_adapters_beside_foreign_codes(tmp_path: Path) -> None:
+    """qdora aims at the float network: here that is what the codes mean, so there is nothing to win back."""
+    folder(tmp_path, llama(), gptq_settings(4), gptq(4, order="act"))
+    loaded, program = program_of(tmp_path)
+    before = logits(program)
+    records = Pipeline(Recipe(passes="qdora:rank=2").parsed_passes, PASSES).run(program)
+    assert set(records[-1].result.changed) == loaded.weights.keys()
+    # The closed form of no error: float32 rounding of the target, through seven layers.
+    assert float((logits(program) - before).abs().max()) <= 1e-4 * float(before.abs().max())
