@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from exporter.errors import InputError
+from exporter.leak import leak_warning
 from exporter.load import resolve_callable
 from exporter.recipe_values import InputSpec
 from exporter.sample_files import FLAG, read_file
@@ -142,7 +143,9 @@ def split(samples: Samples, *, batch: int = BATCH, fixed: bool = False) -> tuple
         tuple(cut({name: value[rows[chosen].flatten()] for name, value in samples.values.items()}, batch))
         for chosen in (seen, held_out)
     )
-    return Calibration(calibration, validation, samples.source), tuple(warnings)
+    cut_up = Calibration(calibration, validation, samples.source)
+    leak = leak_warning(cut_up) if units >= HELD_OUT else None
+    return cut_up, (*warnings, leak) if leak else tuple(warnings)
 
 
 def fixed_batch(wanted: Iterable[Wanted]) -> int | None:
