@@ -37,6 +37,7 @@ from exporter.backends.onnx_qdq.forms import Form, kernel_block
 from exporter.backends.onnx_qdq.functions import in_function
 from exporter.backends.onnx_qdq.grids import decoded_grid, direct_grid, from_planes, kernel_codes
 from exporter.backends.onnx_qdq.rows import affine_rows, codebook_rows
+from exporter.backends.onnx_qdq.tables import joined, table_blocks, table_constants
 from exporter.lowering.lowered import LoweredLayer
 from exporter.lowering.to_onnx import Array, Builder, Dialect, Node, numpy_of
 from passes.ops import TINY_SCALE
@@ -145,12 +146,11 @@ class OnnxRuntimeDialect(Dialect):
         """MatMulNBits with codes of 8 bits, whatever the weight is."""
         weight, blocks = node.weight, f"int{ROUNDED_BITS} blocks of {ROUNDED_BLOCK}"
         if self.forms[node.name].storage == "direct":
-            values = weight.dequantize().float()
-            codes, scale = round_blocks(values)
+            codes, scale = table_constants(weight) if joined(weight) else round_blocks(weight.dequantize().float())
             inputs = [b.constant("weight_codes", codes), b.constant("weight_scale", scale)]
             self._record(b, node, f"{narrow_name(weight)} rounded to {blocks}")
         else:
-            inputs = list(rounded_blocks(b, weight))
+            inputs = list(table_blocks(b, weight) if joined(weight) else rounded_blocks(b, weight))
             self._record(b, node, f"{narrow_name(weight)} decoded at load to {blocks}")
         return b.op("MatMul", x, b.op("DequantizeLinear", *inputs, axis=0, block_size=ROUNDED_BLOCK))
 

@@ -22,11 +22,12 @@ from typing import Literal
 from torch import fx
 
 from exporter.backends.onnx_qdq.decode import ROUNDED_BITS, ROUNDED_BLOCK
+from exporter.backends.onnx_qdq.tables import joined, rounded
 from exporter.lowering.fuse import has_whole_zeros, is_narrow, on_channel_grid, put_behind
 from exporter.lowering.lowered import WeightsAs
 from exporter.lowering.ops import CONV_WEIGHT, EMBEDDING, LINEAR, MATRIX
-from passes.graph import tidy
-from passes.ops import FAKE_QUANTIZE_DYNAMIC
+from passes.graph import add_tensor, call_before, tidy
+from passes.ops import DEQUANTIZE_CODEBOOK, FAKE_QUANTIZE_DYNAMIC
 from passes.weights import AffineWeight, CodebookWeight, QuantWeight
 
 Kernel = Literal["integer", "blocks", "rounded", "rows", "float"]
@@ -151,14 +152,21 @@ def _affine(weight: QuantWeight) -> AffineWeight:
     return weight
 
 
-def round_again(graph: fx.GraphModule, forms: Mapping[str, Form]) -> None:
+def round_again(graph: fx.GraphModule, weights: Mapping[str, QuantWeight], forms: Mapping[str, Form]) -> None:
     """Round the weights of rounded forms in the lowered graph, in place: what the file then says."""
     for node in list(graph.graph.nodes):
-        if node.target not in (LINEAR, CONV_WEIGHT) or forms[str(node.args[-1])].kernel != "rounded":
+        name = str(node.args[-1]) if node.target in (LINEAR, CONV_WEIGHT) else ""
+        if not name or forms[name].kernel != "rounded":
             continue
-        block = ROUNDED_BLOCK
-        matrix = node.args[1]
+        weight = weights[name]
         if node.target is CONV_WEIGHT:  # a view of the matrix [out, in]
-            block, matrix = -1, node.args[0].args[0]
-        put_behind(graph, matrix, FAKE_QUANTIZE_DYNAMIC, ROUNDED_BITS, block)
+            put_behind(graph, node.args[0].args[0], FAKE_QUANTIZE_DYNAMIC, ROUNDED_BITS, -1)
+        elif joined(weight):
+            table = rounded(weight)
+            codes = add_tensor(graph, f"{name}.table_codes", table.codes, node)
+            values = add_tensor(graph, f"{name}.table", table.codebooks.to(weight.codebooks.dtype), node)
+            scales = node.args[1].args[2]
+            node.update_arg(1, call_before(graph, node, DEQUANTIZE_CODEBOOK, (codes, values, scales, 0, 0)))
+        else:
+            put_behind(graph, node.args[1], FAKE_QUANTIZE_DYNAMIC, ROUNDED_BITS, ROUNDED_BLOCK)
     tidy(graph)

@@ -38,31 +38,38 @@ def pack_planes(codes: Array, bits: int) -> list[NDArray[np.uint8]]:
 
 
 def write_codes(b: Builder, name: str, codes: Array, bits: int) -> ir.Value:
-    """The nodes that give the codes [rows, columns] back from their planes: uint8 up to 8 bits, else int32."""
+    """The nodes that give the codes [rows, columns] back from their planes: uint8 up to 8 bits, else int32.
+
+    Rows are counted in slabs, [2, 2, 2, step] for planes down to 1 bit: a plane of w bits is shifted along the first
+    axes, as many as make 8 / w, and holds the others. All planes have one shape then, and are reshaped once, joined.
+    """
     rows, columns = codes.shape
+    if bits > BYTE:
+        wide = codes.astype(np.uint32)
+        low = b.op("Cast", b.constant(name, (wide & 255).astype(np.uint8)), to=ir.DataType.INT32.value)
+        high = b.op("Cast", write_codes(b, f"{name}_high", wide >> BYTE, bits - BYTE), to=ir.DataType.INT32.value)
+        return b.op("Add", low, b.op("Mul", high, b.constant("high_factor", np.array(256, np.int32))))
+    if bits == BYTE:
+        return b.constant(name, codes.astype(np.uint8))
     widths = plane_widths(bits)
+    finest = BYTE // widths[-1]
+    axes = finest.bit_length() - 1
+    step = -(-rows // finest)
+    whole = np.pad(codes, ((0, finest * step - rows), (0, 0)))
     total: ir.Value | None = None
     below = 0
-    for index, (width, plane) in enumerate(zip(widths, pack_planes(codes, bits), strict=True)):
-        label = name if index == 0 else f"{name}_plane{index}"
-        value = b.constant(label, plane if width == BYTE else plane[None])
-        if width < BYTE:
-            value = _slabs(b, value, width, rows, columns)
-        total = value if total is None else _joined(b, total, value, below, bits)
+    for index, (width, plane) in enumerate(zip(widths, pack_planes(whole, bits), strict=True)):
+        moved = (BYTE // width).bit_length() - 1
+        held = plane.reshape(*[1] * moved, *[2] * (axes - moved), step, columns)
+        shifts = width * np.arange(BYTE // width, dtype=np.uint8).reshape(*[2] * moved, *[1] * (axes - moved), 1, 1)
+        stored = b.constant(name if index == 0 else f"{name}_plane{index}", held)
+        part = b.op("BitShift", stored, b.constant("shifts", shifts), direction="RIGHT")
+        part = b.op("BitwiseAnd", part, b.constant("mask", np.array(2**width - 1, np.uint8)))
+        total = part if total is None else _joined(b, total, part, below, bits)
         below += width
     assert total is not None
-    return total
-
-
-def _slabs(b: Builder, plane: ir.Value, width: int, rows: int, columns: int) -> ir.Value:
-    """uint8 [1, step, columns] -> its codes uint8 [rows, columns]."""
-    count = BYTE // width
-    step = -(-rows // count)
-    shifts = b.constant("shifts", width * np.arange(count, dtype=np.uint8).reshape(-1, 1, 1))
-    mask = b.constant("mask", np.array(2**width - 1, np.uint8))
-    value = b.op("BitwiseAnd", b.op("BitShift", plane, shifts, direction="RIGHT"), mask)
-    value = b.op("Reshape", value, b.constant("slab_shape", np.array([count * step, columns], np.int64)))
-    return value if count * step == rows else cut(b, value, rows, 0)
+    total = b.op("Reshape", total, b.constant("codes_shape", np.array([finest * step, columns], np.int64)))
+    return total if finest * step == rows else cut(b, total, rows, 0)
 
 
 def cut(b: Builder, value: ir.Value, size: int, axis: int) -> ir.Value:
