@@ -47,11 +47,13 @@ class EngineResult:
 
     kernels  {quantized layer: the kernels that hold its weight or compute with it, in execution order}
     folded   quantized layers whose weight the engine does not hold compressed
+    bytes    {quantized layer: bytes of its packed constants in the engine}
     """
 
     build: EngineBuild
     kernels: Mapping[str, str]
     folded: tuple[str, ...]
+    bytes: Mapping[str, int]
 
 
 def write_bundle(folder: Path, bundle: Bundle) -> None:
@@ -114,11 +116,17 @@ def finish(
     )
     weights = packed_weights(model)
     stored = stored_weights(build, weights, _int8_codes(model, weights))
-    by_codes = {weight.weight.name: weight for weight in stored}
+    parts = {
+        layer.name: [part for part in stored if part.weight.name.startswith(layer.codes)] for layer in bundle.layers
+    }
     return EngineResult(
         build,
-        {layer.name: ", ".join(by_codes[layer.codes].kernels) for layer in bundle.layers},
-        tuple(layer.name for layer in bundle.layers if by_codes[layer.codes].state != "compressed"),
+        {
+            name: ", ".join(dict.fromkeys(kernel for part in own for kernel in part.kernels))
+            for name, own in parts.items()
+        },
+        tuple(name for name, own in parts.items() if any(part.state != "compressed" for part in own)),
+        {name: sum(part.weight.bytes for part in own if part.state == "compressed") for name, own in parts.items()},
     )
 
 

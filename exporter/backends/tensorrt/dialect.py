@@ -1,6 +1,12 @@
 """Neutral nodes -> the QuantizeLinear and DequantizeLinear forms that TensorRT keeps compressed and runs on integers.
 
-All grids are symmetric: W = codes s, x' = clamp(round(x / s), lo, hi) s. Measured on TensorRT-RTX 1.7 (which shares
+Activations are symmetric: x' = clamp(round(x / s), lo, hi) s. A weight (q - z) s is what TensorRT knows, codes with no
+zero point, and one number for each block of inputs and output (m is the middle of q's range):
+
+    y = x ((q - z) s)^T = x ((q - m) s)^T + blocksum(x) ((m - z) s)^T
+
+Codes of fewer than 4 bits with zero points, groups along the outputs and codebooks have no fused form; `packed.py` has
+theirs. Measured on TensorRT-RTX 1.7 (which shares
 parser and graph compiler with TensorRT 11), these forms shape this file:
 - int8 is the only type of activations; QuantizeLinear and its DequantizeLinear carry an int8 zero point of 0;
 - DequantizeLinear(W [K, N] int8, axis 1) -> MatMul is an int8 gemm behind quantized activations, and one fused
@@ -22,9 +28,10 @@ import numpy as np
 import onnx_ir as ir
 from torch import Tensor
 
+from exporter.backends.tensorrt import packed
 from exporter.lowering.lowered import LoweredLayer
 from exporter.lowering.to_onnx import Array, Builder, Dialect, Node, numpy_of, packed_int4
-from passes.weights import AffineWeight
+from passes.weights import AffineWeight, CodebookWeight
 
 CHANNEL_BLOCKS = (128, 64, 32, 16)
 """Blocks tried, in order, for an int4 weight with one scale per channel."""
@@ -44,62 +51,73 @@ class TensorRTDialect(Dialect):
         self.layers: list[LoweredLayer] = []
 
     def linear(self, b: Builder, node: Node) -> ir.Value:
-        weight, scale = affine(node), scale_of(node)
-        # For an int8 gemm codes ride in int8 whatever their width.
-        bits = 8 if node.integer("integer") else weight.bits
-        group_size = group_size_of(weight)
-        if group_size < 0 and is_int4(weight.codes, bits):
-            scale, group_size = repeat_channel_scale(scale, weight.shape[1])
-        matrix = self._matrix(b, node.name, numpy_of(weight.codes), scale, bits, group_size, inputs_axis=0)
-        y = b.op("MatMul", node.value(0), matrix)
+        weight, x = node.weight, node.value(0)
+        assert x is not None
+        if isinstance(weight, AffineWeight) and has_fused_form(weight, integer=bool(node.integer("integer"))):
+            y = self._fused_matmul(b, node, weight, x)
+        else:
+            y = b.op("MatMul", x, b.op("Transpose", self._packed_matrix(b, node), perm=[1, 0]))
         bias = node.array(2)
         if bias is not None:
             y = b.op("Add", y, b.constant("bias", bias))
         if node.next_ops(MOVES) & CUTS:
-            lowest = ml_dtypes.finfo(scale.dtype).min  # type: ignore[no-untyped-call]  # as numpy's, and knows bfloat16
-            y = b.op("Max", y, b.constant("lowest", np.array(lowest, scale.dtype)))
+            kind = kind_of(node)
+            lowest = ml_dtypes.finfo(kind).min  # type: ignore[no-untyped-call]  # as numpy's, and knows bfloat16
+            y = b.op("Max", y, b.constant("lowest", np.array(lowest, kind)))
         return y
 
+    def _fused_matmul(self, b: Builder, node: Node, weight: AffineWeight, x: ir.Value) -> ir.Value:
+        """DequantizeLinear -> MatMul; of a weight with zero points a product of block sums beside it."""
+        # For an int8 gemm codes ride in int8 whatever their width.
+        bits = 8 if node.integer("integer") else weight.bits
+        codes, middle = signed_codes(weight)
+        scale, group_size = numpy_of(weight.scale), group_size_of(weight)
+        rest = None
+        if weight.zero_point is not None:
+            rest = ((middle - numpy_of(weight.zero_point)) * scale).T
+        if group_size < 0 and is_int4(codes, bits):
+            scale, group_size = repeat_channel_scale(scale, weight.shape[1])
+        matrix, kind = matrix_of(b, codes, scale, bits, group_size, inputs_axis=0)
+        y = b.op("MatMul", x, matrix)
+        if rest is not None:
+            y = add_block_sums(b, x, y, rest, weight.shape, kind_of(node))
+            kind = f"{kind} and a product of block sums"
+        self._record(b, node, kind)
+        return y
+
+    def _packed_matrix(self, b: Builder, node: Node) -> ir.Value:
+        """The float matrix [out, in] of any weight, made at every run by kernels of its own."""
+        weight = node.weight
+        if isinstance(weight, CodebookWeight):
+            matrix, kind = packed.codebook_matrix(b, weight, kind_of(node)), "aq_codebook"
+        else:
+            matrix, kind = packed.affine_matrix(b, weight, kind_of(node)), f"int{weight.bits}"
+        self._record(b, node, f"{kind} decoded at every run")
+        return matrix
+
     def conv_weight(self, b: Builder, node: Node) -> ir.Value:
-        scale = scale_of(node)
-        shape = node.out.shape
+        shape, weight = node.out.shape, node.weight
         assert shape is not None
-        codes = numpy_of(affine(node).codes).reshape(shape.numpy())
-        weight = b.constant("weight_codes", codes)
-        self._record(node.name, "int8", codes.size, weight, scale)
+        assert isinstance(weight, AffineWeight), "a convolution on integers has one grid a channel"
+        if weight.zero_point is not None:  # it runs in float
+            return packed.reshaped(b, self._packed_matrix(b, node), list(shape.numpy()))
+        scale = numpy_of(weight.scale)
+        codes = b.constant("weight_codes", numpy_of(weight.codes).reshape(shape.numpy()))
         scales = b.constant("weight_scale", scale.reshape(-1) if scale.size > 1 else scale[0, 0])
-        return b.op("DequantizeLinear", weight, scales, axis=0)
+        self._record(b, node, "int8")
+        return b.op("DequantizeLinear", codes, scales, axis=0)
 
     def matrix(self, b: Builder, node: Node) -> ir.Value:
-        weight = affine(node)
+        weight = node.weight
+        if not isinstance(weight, AffineWeight) or weight.zero_point is not None or weight.axis != 1:
+            return self._packed_matrix(b, node)
         codes, group_size = numpy_of(weight.codes), group_size_of(weight)
-        return self._matrix(b, node.name, codes, scale_of(node), weight.bits, group_size, inputs_axis=1)
+        matrix, kind = matrix_of(b, codes, numpy_of(weight.scale), weight.bits, group_size, inputs_axis=1)
+        self._record(b, node, kind)
+        return matrix
 
     def embedding(self, b: Builder, node: Node) -> ir.Value:
-        weight = affine(node)
-        codes = numpy_of(weight.codes)
-        table = self._matrix(b, node.name, codes, scale_of(node), weight.bits, -1, inputs_axis=1)
-        return b.op("Gather", table, node.value(1), axis=0)
-
-    def _matrix(
-        self, b: Builder, layer: str, codes: Array, scale: Array, bits: int, group_size: int, inputs_axis: int
-    ) -> ir.Value:
-        """The float matrix of codes [out, in] and scale [out or 1, groups], its inputs along `inputs_axis`."""
-        columns = codes.shape[1]
-        stored, scale, block = fit_blocks(codes, scale, group_size)
-        kind, weight = container(b, stored if inputs_axis else stored.T, bits)
-        if block:
-            scale = np.broadcast_to(scale, (codes.shape[0], scale.shape[1]))
-            scales = b.constant("weight_scale", np.ascontiguousarray(scale if inputs_axis else scale.T))
-            value = b.op("DequantizeLinear", weight, scales, axis=inputs_axis, block_size=block)
-        else:
-            scale = scale[:, 0] if scale.size > 1 else scale[0, 0]
-            value = b.op("DequantizeLinear", weight, b.constant("weight_scale", scale), axis=1 - inputs_axis)
-        self._record(layer, f"{kind} blocks of {block}" if block else kind, codes.size, weight, scale)
-        if stored.shape[1] == columns:
-            return value
-        bounds = {"start": 0, "end": columns, "axis": inputs_axis}
-        return b.op("Slice", value, *(b.constant(name, np.array([at], np.int64)) for name, at in bounds.items()))
+        return b.op("Gather", self.matrix(b, node), node.value(1), axis=0)
 
     def fake_quantize(self, b: Builder, node: Node) -> ir.Value:
         low, high, x = node.integer("quant_min"), node.integer("quant_max"), node.value(0)
@@ -115,21 +133,77 @@ class TensorRTDialect(Dialect):
     def fake_quantize_dynamic(self, b: Builder, node: Node) -> ir.Value:
         raise NotImplementedError("TensorRT has no per-token activations; the backend refuses them before")
 
-    def _record(self, layer: str, kind: str, weights: int, stored: ir.Value, scale: Array) -> None:
-        assert stored.const_value is not None
-        written = stored.const_value.nbytes + scale.nbytes
-        self.layers.append(LoweredLayer(layer, kind, 8 * written / weights, str(stored.name)))
+    def _record(self, b: Builder, node: Node, kind: str) -> None:
+        """What the layer's weight takes: all constants written for it so far."""
+        codes = next(value for value in b.constants if f".{packed.CODES}" in str(value.name))
+        bits = 8 * b.bytes / math.prod(node.weight.shape)
+        self.layers.append(LoweredLayer(node.name, kind, bits, str(codes.name)))
 
 
-def affine(node: Node) -> AffineWeight:
-    """The node's weight; the backend refuses before what is no AffineWeight along the inputs."""
-    assert isinstance(node.weight, AffineWeight)
-    return node.weight
+def matrix_of(
+    b: Builder, codes: Array, scale: Array, bits: int, group_size: int, inputs_axis: int
+) -> tuple[ir.Value, str]:
+    """The float matrix of signed codes [out, in] and scale [out or 1, groups], its inputs along `inputs_axis`.
+
+    And how it is stored.
+    """
+    columns = codes.shape[1]
+    stored, scale, block = fit_blocks(codes, scale, group_size)
+    kind, weight = container(b, stored if inputs_axis else stored.T, bits)
+    if block:
+        scale = np.broadcast_to(scale, (codes.shape[0], scale.shape[1]))
+        scales = b.constant("weight_scale", np.ascontiguousarray(scale if inputs_axis else scale.T))
+        value = b.op("DequantizeLinear", weight, scales, axis=inputs_axis, block_size=block)
+    else:
+        scale = scale[:, 0] if scale.size > 1 else scale[0, 0]
+        value = b.op("DequantizeLinear", weight, b.constant("weight_scale", scale), axis=1 - inputs_axis)
+    value = value if stored.shape[1] == columns else packed.cut(b, value, columns, inputs_axis)
+    return value, f"{kind} blocks of {block}" if block else kind
 
 
-def scale_of(node: Node) -> Array:
-    """The scale [out or 1, groups] of the node's weight."""
-    return numpy_of(affine(node).scale)
+def add_block_sums(
+    b: Builder, x: ir.Value, y: ir.Value, rest: Array, shape: tuple[int, int], kind: packed.Kind
+) -> ir.Value:
+    """y + sum of x over each of the blocks that divide its rows, times rest [blocks, out or 1]; shape is [out, in].
+
+    In float32: sums of a block may pass float16's range.
+    """
+    outs, columns = shape
+    assert x.shape is not None
+    wide = [b.op("Cast", value, to=ir.DataType.FLOAT.value) if kind != np.float32 else value for value in (x, y)]
+    sums = wide[0]
+    blocks = len(rest)
+    if blocks > 1:
+        sums = packed.reshaped(b, sums, [0] * (len(x.shape) - 1) + [blocks, columns // blocks])
+    sums = b.op("ReduceSum", sums, b.constant("block_axis", np.array([-1], np.int64)), keepdims=int(blocks == 1))
+    factors = np.ascontiguousarray(np.broadcast_to(rest, (blocks, outs)), np.float32)
+    total = b.op("Add", wide[1], b.op("MatMul", sums, b.constant("block_rest", factors)))
+    return total if kind == np.float32 else b.op("Cast", total, to=ir.DataType.from_numpy(kind).value)
+
+
+def has_fused_form(weight: AffineWeight, *, integer: bool) -> bool:
+    """True when a matmul takes the codes as int4 or int8 behind a DequantizeLinear.
+
+    Without zero points codes of any width ride in int4: larger than they need, but fused with the matmul. With them,
+    codes of up to 3 bits are decoded by kernels of their own.
+    """
+    if weight.axis != 1:
+        return False
+    if weight.zero_point is None or (integer and weight.scale.shape[1] == 1):
+        return True
+    return weight.bits > 3 and weight.shape[1] % weight.scale.shape[1] == 0
+
+
+def signed_codes(weight: AffineWeight) -> tuple[Array, int]:
+    """The codes as int8, and what was taken off."""
+    codes = numpy_of(weight.codes)
+    middle = 0 if weight.zero_point is None else 2 ** (weight.bits - 1)
+    return (codes.astype(np.int16) - middle).astype(np.int8), middle
+
+
+def kind_of(node: Node) -> packed.Kind:
+    """The type of the layer's values."""
+    return np.dtype(np.float32) if node.out.dtype is None else node.out.dtype.numpy()
 
 
 def group_size_of(weight: AffineWeight) -> int:
