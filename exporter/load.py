@@ -32,6 +32,7 @@ from exporter.errors import InputError
 from exporter.foreign.base import ForeignWeight, Settings
 from exporter.foreign.folder import read_quantized, settings_of
 from exporter.mapped import map_safetensors
+from exporter.zips import refuse_compressed
 from passes.memory import release
 
 Kind = Literal["exported", "state_dict", "module", "huggingface"]
@@ -159,7 +160,7 @@ def _zip_format(path: Path) -> Format:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-    except (zipfile.BadZipFile, OSError, ValueError) as error:
+    except (zipfile.BadZipFile, OSError, ValueError, RuntimeError, struct.error) as error:
         raise InputError("a truncated or damaged zip archive", where=str(path), fix="write the model again") from error
     members = {name.partition("/")[2] or name for name in names}
     if "archive_format" in members or "serialized_exported_program.json" in members:
@@ -209,6 +210,8 @@ def _silenced(name: str) -> Iterator[None]:
 
 def _load_pickle(path: Path, trust: bool) -> Any:
     try:
+        if zipfile.is_zipfile(path):
+            refuse_compressed(path)
         return _torch_load(path, weights_only=True)
     except pickle.UnpicklingError as error:
         if not trust:
@@ -238,7 +241,11 @@ def _torch_load(path: Path, *, weights_only: bool) -> Any:
 def _load_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return map_safetensors(path)
-    except (ValueError, OSError) as error:
+    except (
+        ValueError,
+        OSError,
+        RuntimeError,
+    ) as error:  # RuntimeError: sizes and nesting beyond what torch and json take
         raise _damaged(path, error) from error
 
 
@@ -322,7 +329,7 @@ def _load_huggingface(path: Path) -> Loaded:
     try:
         settings = json.loads(config_file.read_text(encoding="utf-8"))
         architectures = settings.get("architectures")
-    except (ValueError, AttributeError, OSError) as error:
+    except (ValueError, AttributeError, OSError, RecursionError) as error:
         raise InputError("is not a JSON object", where=str(config_file), fix="write it with save_pretrained") from error
     quantization = settings_of(path, settings)
     if not isinstance(architectures, list) or not architectures:
@@ -399,7 +406,7 @@ def _folder_tensors(path: Path) -> dict[str, Tensor]:
         return _load_safetensors(single if single.is_file() else min(path.glob("*.safetensors")))
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
         raise _damaged(index, error) from error
     tensors: dict[str, Tensor] = {}
     for name in names:

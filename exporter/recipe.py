@@ -1,7 +1,8 @@
 """What to do with a model: one frozen value, from the flags of the command line, TOML, or Python.
 
 TOML stands in a file of its own (--recipe) or in `[tool.qexport]` of the current directory's pyproject.toml, its keys
-are the flags' names, and the flags win. What only TOML can say are rules for the layers that a glob matches:
+are the flags' names, and the flags win. What only TOML can say are rules for the layers that a glob matches, and which
+models to compile (`exporter.jobs`):
 
     passes = "cle,gptaq:bits=4"          # or ["cle", {name = "gptaq", bits = 4}]
     target = ["onnx", "trt"]
@@ -49,7 +50,7 @@ FLAGS = {"inputs": "input", "gates": "gate", "trt_profiles": "trt-profile"}
 NOT_IN_TOML = frozenset({"trust_model"})
 """A file that lies in the current directory must not decide that a model's code is run."""
 
-NOT_IN_REPORT = frozenset({"out", "force", "quiet", "trust_model", "memory", "resume"})
+NOT_IN_REPORT = frozenset({"out", "force", "quiet", "trust_model", "memory", "resume", "reuse", "threads"})
 """What says nothing about the result."""
 
 
@@ -85,6 +86,7 @@ class Recipe:
     threads: int = 0
     memory: int = 0
     resume: bool = True
+    reuse: bool = False
     factory: str | None = None
     trust_model: bool = False
     quiet: bool = False
@@ -133,10 +135,33 @@ class Recipe:
 def read_recipe(flags: Mapping[str, Any], file: Path | None = None, folder: Path | None = None) -> Recipe:
     """The recipe of `flags` {field: value}, over TOML: `file`, or else the pyproject.toml in `folder` (default: here).
 
-    A flag that is None, () or an unset switch was not given. Raises InputError naming the flag, or the file and its key.
+    A flag that is None, () or an unset switch was not given. Raises InputError naming the flag, or the file and key.
     """
+    return recipe_of(flags, *read_table(file, folder))
+
+
+def recipe_of(flags: Mapping[str, Any], path: Path, table: Mapping[str, Any]) -> Recipe:
+    """The recipe of `flags` over the `table` that stands in `path`."""
     given = {name: value for name, value in flags.items() if not _is_unset(name, value)}
-    return Recipe(**_from_toml(file, folder or Path.cwd()) | given)
+    return Recipe(**_values(path, table) | given)
+
+
+def read_table(file: Path | None, folder: Path | None = None) -> tuple[Path, Mapping[str, Any]]:
+    """The TOML file and our table in it; an empty one where there is no file, and none was asked for."""
+    path = file or (folder or Path.cwd()) / "pyproject.toml"
+    if file is None and not path.is_file():
+        return path, {}
+    try:
+        table: Any = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise InputError(f"cannot be read as TOML: {reason}", where=str(path)) from error
+    if file is None:
+        tool = table.get("tool", {})
+        table = tool.get("qexport", {}) if isinstance(tool, Mapping) else {}
+        if not isinstance(table, Mapping):
+            raise InputError("[tool.qexport] is not a table", where=str(path))
+    return path, table
 
 
 def _is_unset(name: str, value: Any) -> bool:
@@ -148,20 +173,7 @@ def flag_of(field: str) -> str:
     return f"--{FLAGS.get(field, field).replace('_', '-')}"
 
 
-def _from_toml(file: Path | None, folder: Path) -> dict[str, Any]:
-    path = file or folder / "pyproject.toml"
-    if file is None and not path.is_file():
-        return {}
-    try:
-        table: Any = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise InputError(f"cannot be read as TOML: {reason}", where=str(path)) from error
-    if file is None:
-        tool = table.get("tool", {})
-        table = tool.get("qexport", {}) if isinstance(tool, Mapping) else {}
-        if not isinstance(table, Mapping):
-            raise InputError("[tool.qexport] is not a table", where=str(path))
+def _values(path: Path, table: Mapping[str, Any]) -> dict[str, Any]:
     names = {
         flag_of(field.name).removeprefix("--").replace("-", "_"): field.name for field in dataclasses.fields(Recipe)
     }

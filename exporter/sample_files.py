@@ -7,6 +7,7 @@ safetensors   eight bytes of length, then a JSON header; only the samples asked 
 """
 
 import json
+import math
 import pickle
 import re
 import zipfile
@@ -19,8 +20,14 @@ import torch
 from torch import Tensor
 
 from exporter.errors import InputError
+from exporter.zips import refuse_compressed
 
 FLAG = "--calib"
+MAX_EXPANDED, MAX_RATIO = 1 << 30, 100
+"""A .npz may expand to this many bytes, or to this many times its own: masks compress well, bombs better."""
+
+HEADER_READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+
 KINDS = "give .safetensors, .npz, .npy or a .pt of tensors (keys = input names, axis 0 = samples)"
 
 Arrays = Mapping[str, Tensor] | Tensor
@@ -41,8 +48,10 @@ def read_file(path: Path, count: int) -> Arrays | list[str]:
         raise InputError("the file is empty", where=_where(path), fix=KINDS)
     try:
         return _read(path, head, count)
-    except (OSError, ValueError, RuntimeError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        reason = " ".join(str(error).split())[:200]
+    except InputError:
+        raise
+    except Exception as error:  # readers meet damage with whatever comes first: IndexError, zlib.error, struct.error
+        reason = " ".join(f"{error or type(error).__name__}".split())[:200]
         raise InputError(f"damaged: {reason}", where=_where(path), fix=KINDS) from error
 
 
@@ -52,7 +61,10 @@ def _read(path: Path, head: bytes, count: int) -> Arrays | list[str]:
     if head.startswith(b"PK"):
         with zipfile.ZipFile(path) as archive:
             members = archive.namelist()
-        if members and all(name.endswith(".npy") for name in members):
+            is_npz = bool(members) and all(name.endswith(".npy") for name in members)
+            if is_npz:
+                _check_sizes(archive, path.stat().st_size)
+        if is_npz:
             with np.load(path, allow_pickle=False) as arrays:
                 return {name: torch.from_numpy(_array(path, arrays[name][:count])) for name in arrays.files}
     if head.startswith(b"PK") or re.match(rb"\x80[\x02-\x05]", head):
@@ -62,16 +74,38 @@ def _read(path: Path, head: bytes, count: int) -> Arrays | list[str]:
     return _read_text(path)
 
 
+def _check_sizes(archive: zipfile.ZipFile, stored: int) -> None:
+    """Raise ValueError when members are more than their header says, or less, before numpy makes room for either."""
+    members = archive.infolist()
+    expanded = sum(member.file_size for member in members)
+    if expanded > max(MAX_EXPANDED, MAX_RATIO * stored):
+        raise ValueError(f"{stored} bytes that expand to {expanded}")
+    for member in members:
+        with archive.open(member) as file:
+            version = np.lib.format.read_magic(file)
+            if version not in HEADER_READERS:
+                raise ValueError(f"{member.filename} is of version {version} of the format")
+            shape, _, dtype = HEADER_READERS[version](file)
+            size = member.file_size - file.tell()
+        if math.prod(shape) * dtype.itemsize != size and not dtype.hasobject:  # whose pickles np.load refuses
+            raise ValueError(f"{member.filename}: {list(shape)} of {dtype} are not its {size} bytes")
+
+
 def _array(path: Path, array: Any) -> Any:
     """A copy in memory, in this machine's byte order, of a type that torch has."""
+    if not isinstance(array, np.ndarray):
+        raise InputError("a member is no array", where=_where(path), fix=KINDS)
     if array.dtype.kind not in "fiub" or array.dtype.itemsize > 8:
         raise InputError(f"holds an array of type {array.dtype}", where=_where(path), fix=KINDS)
     return np.array(array, dtype=array.dtype.newbyteorder("="), order="C")
 
 
 def _read_torch(path: Path, count: int) -> Arrays:
+    if zipfile.is_zipfile(path):
+        refuse_compressed(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file:  # given a name, torch goes by its ending
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise InputError(
             "holds more than tensors, which is not unpickled", where=_where(path), fix="save a dict of tensors"
