@@ -5,7 +5,7 @@ import dataclasses
 import platform
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import cast
 
@@ -24,7 +24,7 @@ from exporter.checkpoint import save_checkpoint
 from exporter.errors import InputError, InternalError, TargetError
 from exporter.evidence import gather
 from exporter.foreign.adopt import adopt
-from exporter.gates import evaluate, exit_code, parse_gate
+from exporter.gates import FAILED, evaluate, exit_code, parse_gate
 from exporter.histograms import layer_histograms
 from exporter.kernels import kernel_of_layers, optimized_kernels
 from exporter.load import Loaded, load_model
@@ -41,6 +41,7 @@ from exporter.sensitivity import measure_sensitivity
 from exporter.stage_noise import measure_stages
 from exporter.stages import with_stages
 from exporter.torchrun import joined
+from exporter.up_to_date import compile_key, up_to_date
 from exporter.validate import OutputFigures, compare_layers, compare_outputs, eager_session, evaluate_metrics
 from exporter.versions import versions
 from passes import PASSES
@@ -48,28 +49,44 @@ from passes.base import PassError, PassRecord, Pipeline, Program, TargetRules
 from passes.cache import Cache
 from passes.memory import Memory
 from passes.ranks import Ranks
-from runtimes.base import Artifact, RuntimeFault, Session
+from runtimes.base import Artifact, OnDemand, RuntimeFault, Session
 from runtimes.ort import OnnxRuntime
 from runtimes.trt import TensorRT
 
 INCOMPLETE = 4
 
+STAGE_COPIES = 5
+"""Of a model's file that are held while the stages of its layers are told apart."""
+
 
 @dataclasses.dataclass(frozen=True)
 class CompileResult:
-    """What one compilation came to; `messages` are lines for stderr."""
+    """What one compilation came to; `messages` are lines for stderr, `reused` says that nothing was done again."""
 
     report: Report
     out: Path
     exit_code: int
     messages: tuple[str, ...]
+    reused: bool = False
+
+
+def worst_code(codes: Iterable[int]) -> int:
+    """The exit code of several compilations: a failed gate wins over a target that could not be completed."""
+    found = set(codes)
+    return next((code for code in (FAILED, INCOMPLETE) if code in found), 0)
 
 
 def compile_path(model: Path, recipe: Recipe, *, progress: Progress) -> CompileResult:
     """Compile the model in a file or folder. Raises QExportError.
 
     Under torchrun only the first rank returns: the others end with SystemExit when there is no more to share.
+    With `recipe.reuse` an output folder that is up to date stays as it is, and one that is not is replaced.
     """
+    if recipe.reuse:
+        report = up_to_date(recipe.out, compile_key(model, recipe), recipe)
+        if report is not None:
+            return CompileResult(report, recipe.out, exit_code(report.gates), tuple(_failed_gates(report)), reused=True)
+        recipe = dataclasses.replace(recipe, force=True)
     with joined() as ranks, output_of(recipe, ranks) as output, faults():
         shown = Silent() if ranks.rank else progress
         shown.stage("load")
@@ -181,7 +198,7 @@ class _Clock:
 def _compile(
     loaded: Loaded, recipe: Recipe, output: Output, progress: Progress, given: object, ranks: Ranks
 ) -> CompileResult:
-    clock, folder = _Clock(progress), output.folder
+    clock, folder, key = _Clock(progress), output.folder, compile_key(loaded.path, recipe)
     recipe = recipe.for_model(quantized=bool(loaded.weights))
     with threads(recipe.threads):
         clock.stage("capture")
@@ -249,7 +266,7 @@ def _compile(
     gates = evaluate([parse_gate(gate) for gate in recipe.gates], report)
     report = dataclasses.replace(report, budget=budget, gates=gates)
     write_chosen(folder, recipe)
-    write(folder, report, clock.seconds, prepared, recipe, loaded)
+    write(folder, report, clock.seconds, prepared, recipe, loaded, key)
     code = exit_code(report.gates)
     warnings = (*prepared.warnings, *damaged, *incomplete, *shortfall(budget))
     messages = [*(f"warning: {line}" for line in warnings), *_failed_gates(report)]
@@ -320,10 +337,10 @@ def validate(
     runtime = OnnxRuntime(provider=recipe.provider, threads=recipe.threads)
     if "onnx" in lowered:
         artifact = main.artifact
-        sessions["onnxruntime"] = runtime.load(artifact)
+        sessions["onnxruntime"] = OnDemand(runtime, artifact)
         plain = eager_session(program, main.graph)
         parity["onnxruntime"] = (sessions["eager_quantized"], sessions["onnxruntime"])
-        parity["onnxruntime_unoptimized"] = (plain, OnnxRuntime(optimize=False).load(artifact))
+        parity["onnxruntime_unoptimized"] = (plain, OnDemand(OnnxRuntime(optimize=False), artifact))
         kernels = kernel_of_layers(
             artifact.model, optimized_kernels(artifact, runtime), {layer.name: layer.codes for layer in main.layers}
         )
@@ -331,7 +348,7 @@ def validate(
     if "trt" in lowered:
         trt = lowered["trt"]
         plain = eager_session(program, trt.graph)
-        parity["tensorrt_dialect"] = (plain, OnnxRuntime(optimize=False).load(trt.artifact))
+        parity["tensorrt_dialect"] = (plain, OnDemand(OnnxRuntime(optimize=False), trt.artifact))
         session = _engine_session(trt, engine, folder, warnings)
         if session is not None:
             sessions["tensorrt"] = session
@@ -345,8 +362,9 @@ def validate(
     layers = compare_layers(
         program, main, kernels, lambda done, total: progress.step("layers", done, total), layer_sums
     )
-    noises = measure_stages(program, lowered, lambda done, total: progress.step("stages", done, total), runtime)
-    layers = with_stages(layers, noises)
+    if fits(program.memory, folder, warnings):
+        noises = measure_stages(program, lowered, lambda done, total: progress.step("stages", done, total), runtime)
+        layers = with_stages(layers, noises)
     layers = explain(layers, gather(program, lambda done, total: progress.step("causes", done, total)), folded)
     return Report(
         model={},
@@ -363,6 +381,15 @@ def validate(
     )
 
 
+def fits(memory: Memory, folder: Path, warnings: list[str]) -> bool:
+    """True when there is room for what the stages of every layer need: several copies of the model at once."""
+    needed = STAGE_COPIES * max(path.stat().st_size for path in folder.rglob("*.onnx*"))
+    if not memory.limit or needed <= memory.limit:
+        return True
+    warnings.append(f"stages of layers not measured: they take about {needed / 1e9:.1f} GB, more than --memory allows")
+    return False
+
+
 def _engine_session(trt: Lowered, engine: EngineResult | None, folder: Path, warnings: list[str]) -> Session | None:
     """The engine ready to run, where there is a GPU for it."""
     if engine is None:
@@ -376,12 +403,18 @@ def _engine_session(trt: Lowered, engine: EngineResult | None, folder: Path, war
 
 
 def write(
-    folder: Path, report: Report, seconds: Mapping[str, float], prepared: Prepared, recipe: Recipe, loaded: Loaded
+    folder: Path,
+    report: Report,
+    seconds: Mapping[str, float],
+    prepared: Prepared,
+    recipe: Recipe,
+    loaded: Loaded,
+    key: str | None,
 ) -> None:
     """The reports, the timings and the manifest."""
     write_reports(folder, report, seconds)
     sha256 = file_sha256(loaded.path) if loaded.path.is_file() else None
-    write_manifest(folder, recipe=recipe.to_json(), calibration_sha256=prepared.sha256, model_sha256=sha256)
+    write_manifest(folder, recipe=recipe.to_json(), calibration_sha256=prepared.sha256, model_sha256=sha256, key=key)
 
 
 @contextlib.contextmanager

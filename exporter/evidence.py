@@ -23,10 +23,11 @@ from torch import Tensor, fx
 
 from exporter.metrics import Comparison
 from exporter.report import Evidence
-from exporter.validate import LAYER_BATCH, evaluate, own_output, quantize_input, run_layers
+from exporter.validate import evaluate, layer_batches, own_output, quantize_input, run_layers
 from passes.base import Program
-from passes.calibration import Batch, cut
+from passes.calibration import Batch
 from passes.graph import Layer, find_layers, get_tensor
+from passes.memory import release
 from passes.ops import FAKE_QUANTIZE, FAKE_QUANTIZE_DYNAMIC
 from passes.weight_nodes import is_quantized, read_weight
 from passes.weights import AffineWeight, CodebookWeight, QuantWeight
@@ -37,8 +38,12 @@ SAMPLES = 32
 
 def few_batches(program: Program) -> Sequence[Batch]:
     """The first SAMPLES held-out samples, few at a time."""
-    batches = [small for batch in program.calibration.holdout for small in cut(batch, LAYER_BATCH)]
-    return batches[: SAMPLES // LAYER_BATCH]
+    batches = layer_batches(program)
+    return batches[: max(1, SAMPLES // _samples(batches[0]))]
+
+
+def _samples(batch: Batch) -> int:
+    return len(next(iter(batch.values())))
 
 
 def gather(program: Program, progress: Callable[[int, int], None] = lambda done, total: None) -> dict[str, Evidence]:
@@ -168,6 +173,7 @@ def _with_weight(
     axes = ("input", "output") if isinstance(stored, AffineWeight) and stored.group_size == 0 else ("input",)
     found = [(*outlier(_weight_peaks(layer, matrix, weight, axis)), axis) for axis in axes]
     ratio, channel, axis = max(found, key=lambda entry: entry[0] or 0.0)
+    release([weight])
     return dataclasses.replace(
         evidence,
         weight_bits=_code_bits(stored),

@@ -18,9 +18,9 @@ from torch import Tensor, fx
 
 from exporter.metrics import Comparison
 from exporter.report import LayerSensitivity
-from exporter.validate import LAYER_BATCH, evaluate_metrics, own_output
+from exporter.validate import evaluate_metrics, layer_batches, own_output
 from passes.base import Program
-from passes.calibration import Batch, cut
+from passes.calibration import Batch
 from passes.graph import Layer, find_layers, inputs_of
 from passes.ops import FAKE_QUANTIZE, FAKE_QUANTIZE_DYNAMIC
 from passes.weight_nodes import is_quantized
@@ -42,7 +42,7 @@ def measure_sensitivity(
     layers = quantized_layers(program)
     alone = {name: noise_alone(program, layer, twins[name]) for name, layer in layers.items()}
     without = {name: (layer.node, _in_float(twin, twins[name], layer)) for name, layer in layers.items()}
-    batches = [small for batch in program.calibration.holdout for small in cut(batch, LAYER_BATCH)]
+    batches = layer_batches(program)
     network, of_alone, of_without = (
         WorstOutput(),
         {name: WorstOutput() for name in layers},

@@ -1,6 +1,7 @@
 """Pass specs: `cle,gptq:bits=3:group_size=64:act_order=true`. The fields of a pass are its options.
 
-Commas stand between passes, colons inside one; `none` is no pass at all. A recipe may also give a list, whose entries are specs or tables:
+Commas stand between passes, colons inside one; `none` is no pass at all. A recipe may also give a list, whose entries
+are specs or tables:
 ["cle", {name = "gptq", bits = 3}].
 """
 

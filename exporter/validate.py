@@ -13,6 +13,8 @@ weights, as they were before the first quantizing pass.
 """
 
 import math
+import os
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -41,7 +43,10 @@ from runtimes.eager import EagerSession
 from runtimes.ort import OnnxRuntime
 
 LAYER_BATCH = 8
-"""Samples whose layer outputs are held at once."""
+"""Samples whose layer outputs are held at once, if they take no more than LAYER_BYTES."""
+
+LAYER_BYTES = 32_000_000
+"""Of all layers' outputs at once, in one network; a comparison holds those of several."""
 
 OutputFigures = dict[str, Figures]
 
@@ -70,9 +75,20 @@ def compare_outputs(
             comparison.add(expected[name], actual[name])
         for name, sample in samples.items():
             sample.add(expected[name], actual[name], len(next(iter(feeds.values()))))
+    value.close()
     if sums is not None:
         sums |= {name: found.blocks(OUTPUT_BLOCKS) for name, found in samples.items()}
     return {name: comparison.figures() for name, comparison in comparisons.items()}
+
+
+def layer_batches(program: Program) -> list[Batch]:
+    """The held-out samples in batches small enough to hold every layer's output."""
+    twin = program.float_twin or program.graph
+    first = next(cut(program.calibration.holdout[0], 1))
+    outputs, _ = run_layers(twin, {layer.name: layer for layer in find_layers(twin)}, first)
+    size = max(1, sum(output.nbytes for output in outputs.values()))
+    at_once = max(1, min(LAYER_BATCH, LAYER_BYTES // size))
+    return [small for batch in program.calibration.holdout for small in cut(batch, at_once)]
 
 
 class _LayerComparison:
@@ -96,7 +112,7 @@ def compare_layers(
     twins = {layer.name: layer for layer in find_layers(twin)}
     quantized = {layer.name: layer for layer in find_layers(program.graph)}
     found = {name: _LayerComparison() for name in quantized if name in twins}
-    batches = [small for batch in program.calibration.holdout for small in cut(batch, LAYER_BATCH)]
+    batches = layer_batches(program)
     with tempfile.TemporaryDirectory() as folder:
         tapped = tapped_session(lowered, Path(folder))
         for index, batch in enumerate(batches):
@@ -133,6 +149,7 @@ def _layer_diff(
     figures, sqnr = comparison.accumulated.figures(), None
     if is_quantized(layer):
         sqnr = sqnr_db(weight.numpy(), evaluate(program.graph, layer.weight).numpy())
+        release([weight])
     return LayerDiff(
         name=layer.name,
         kind=layer.kind,
@@ -213,6 +230,7 @@ def own_output(graph: fx.GraphModule, layer: Layer, value: Tensor, *, quantize: 
         ]
         assert callable(layer.node.target)
         result: Tensor = layer.node.target(*args, **layer.node.kwargs)
+    release(arg for arg in args if isinstance(arg, Tensor))
     return result
 
 
@@ -235,6 +253,7 @@ def evaluate(graph: fx.GraphModule, node: fx.Node) -> Tensor:
     args = [evaluate(graph, arg) if isinstance(arg, fx.Node) else arg for arg in node.args]
     assert callable(node.target)
     result: Tensor = node.target(*args, **node.kwargs)
+    release(arg for arg in args if isinstance(arg, Tensor))
     return result
 
 
@@ -244,15 +263,25 @@ def tapped_session(lowered: Lowered, folder: Path) -> Session:
     Unoptimized, because making a value visible would keep the optimizer from fusing the layer.
     """
     artifact = lowered.artifact
-    model = onnx.load(artifact.model)
+    model = onnx.load(artifact.model, load_external_data=False)
     present = {value.name for value in model.graph.output}
     taps = [name for name in dict.fromkeys(lowered.taps.values()) if name not in present]
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in taps)
     path = folder / "tapped.onnx"
-    big = sum(len(tensor.raw_data) for tensor in model.graph.initializer) > 1 << 30
-    onnx.save(model, path, save_as_external_data=big)
+    onnx.save(model, path)
+    weights = artifact.model.with_name(f"{artifact.model.name}.data")
+    if weights.exists():
+        link(weights, folder / weights.name)
     outputs = (*artifact.outputs, *taps)
     return OnnxRuntime(optimize=False).load(Artifact("onnxruntime", path, artifact.inputs, outputs))
+
+
+def link(source: Path, target: Path) -> None:
+    """The same file in another folder: by a second name, or a copy where the file system has none."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def predictor(session: Session) -> Callable[[Mapping[str, Any]], dict[str, Array]]:

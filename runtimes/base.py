@@ -58,6 +58,28 @@ class Session(abc.ABC):
             parts += [f"unknown {', '.join(unknown)}"] if unknown else []
             raise RuntimeFault(f"inputs do not fit: {'; '.join(parts)}", fix=f"feed {', '.join(self.inputs)}")
 
+    def close(self) -> None:  # noqa: B027  # a hook: most sessions hold little
+        """Let go of memory; the session may still be run."""
+
+
+class OnDemand(Session):
+    """A session that is loaded when it is first run, and again after it was closed."""
+
+    def __init__(self, runtime: "Runtime", artifact: Artifact) -> None:
+        self._runtime, self._artifact = runtime, artifact
+        self._session: Session | None = None
+        self.inputs, self.outputs = artifact.inputs, artifact.outputs
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Outputs by name. Raises RuntimeFault also where loading does."""
+        if self._session is None:
+            self._session = self._runtime.load(self._artifact)
+        return self._session.run(feeds)
+
+    def close(self) -> None:
+        """Unload."""
+        self._session = None
+
 
 class Runtime(abc.ABC):
     """One engine with its settings."""

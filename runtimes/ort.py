@@ -97,6 +97,7 @@ class OnnxRuntime(Runtime):
         options.intra_op_num_threads = self.threads
         if not self.optimize:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+            options.enable_cpu_mem_arena = False  # every weight is dequantized on the way: the arena would keep it
         if self.accuracy_level is not None:
             options.add_session_config_entry(ACCURACY_LEVEL, str(self.accuracy_level))
         return options
