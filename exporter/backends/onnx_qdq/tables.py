@@ -3,8 +3,8 @@
     T[c0, c1, ...] = codebooks[0, c0] + codebooks[1, c1] + ...,   t = max|T| / 127,   Q = round(T / t)
     W[block] = s Q[c0, c1, ...] t
 
-Two codebooks of 8 bits make a table of 65536 entries. Rounding one table instead of every block of the weight costs a
-few of the 43 dB that 8 bits have, beside the 10 to 15 dB that codebooks have. But a runtime that computes constants one
+Two codebooks of 8 bits make a table of 65536 entries. Rounding one table instead of every block of the weight costs 4
+of the 44 dB that 8 bits have, beside the 10 to 15 dB that codebooks have. But a runtime that computes constants one
 by one, and keeps them all until a file is loaded, then needs 4 bytes a weight, not 32.
 """
 
