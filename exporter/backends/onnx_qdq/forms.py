@@ -11,8 +11,8 @@
 
 `--weights-as` chooses: *fast* the fastest kernel and constants as it reads them; *auto* the fastest kernel, its
 constants decoded at load wherever that makes the file smaller; *compact* the function. Rounding again costs little
-beside what a narrow weight's own codes cost (8 bits in blocks of 128 are 44 dB, in a table 39); weights of 8 bits are not
-rounded twice.
+beside what a narrow weight's own codes cost (8 bits in blocks of 128 are 44 dB, in a table 39); weights of 8 bits are
+not rounded twice.
 """
 
 import dataclasses
