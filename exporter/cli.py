@@ -22,11 +22,17 @@ from exporter.versions import VERSION
 USAGE = 2
 INTERRUPTED = 130
 COMPILE = "compile"
+COMPLETE = "_QEXPORT_COMPLETE"
+"""Set by a shell that asks click what may come next."""
+
 FILE_WIDTH = 160
 
 
 class CompileByDefault(click.Group):
-    """`qexport MODEL ...` compiles: a first word that is no command is a model. ./passes is the file of that name."""
+    """`qexport MODEL ...` compiles: a first word that is no command is a model. ./passes is the file of that name.
+
+    Without a word it compiles what `[tool.qexport]` of the pyproject.toml here names.
+    """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Put the default command in front, unless one is there."""
@@ -51,12 +57,15 @@ def cli() -> None:
     """Compile a trained PyTorch model into a quantized ONNX file or a TensorRT engine, and measure what it costs.
 
     MODEL is a torch.export archive, a state_dict or safetensors file (with --factory), a pickled module (with
-    --trust-model) or a Hugging Face folder; its bytes tell which.
+    --trust-model) or a Hugging Face folder; its bytes tell which. Without MODEL the recipe's models are compiled.
     """
 
 
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
 @cli.command(COMPILE, hidden=True)
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=click.Path(path_type=Path), required=False)
 @click.option(
     "--passes",
     metavar="LIST",
@@ -65,6 +74,7 @@ def cli() -> None:
 @click.option("--target", multiple=True, metavar="onnx|trt", help="What to make; may be repeated. [default: onnx]")
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Output folder. [default: out]")
 @click.option("--force", is_flag=True, help="Replace an output folder that is there.")
+@click.option("--reuse", is_flag=True, help="Keep an output folder that is up to date, replace one that is not.")
 @click.option("--calib", metavar="FILE|pkg.mod:function", help="Samples to calibrate and validate with.")
 @click.option("--calib-samples", type=int, metavar="N", help="Use so many of them. [default: 512]")
 @click.option("--input", "inputs", multiple=True, metavar="[NAME=]SHAPE[:dtype]", help="An input: x=8x3x32x32.")
@@ -88,39 +98,50 @@ def cli() -> None:
 @click.option("--resume/--no-resume", default=None, help="Go on where a stopped run of the same stood. [default: on]")
 @click.option("--quiet", is_flag=True, help="Say nothing but warnings and errors.")
 @click.option("-v", "--verbose", is_flag=True, help="Show warnings of libraries, and tracebacks.")
-def compile_command(model: Path, recipe: Path | None, verbose: bool, **flags: Any) -> int:
-    """Compile MODEL."""
+@as_json
+def compile_command(model: Path | None, recipe: Path | None, verbose: bool, as_json: bool, **flags: Any) -> int:
+    """Compile MODEL, or the models of the recipe."""
     with library_warnings(verbose):
-        from exporter.compile import compile_path
+        from exporter.compile import CompileResult, compile_path, worst_code
+        from exporter.jobs import Job, read_jobs
         from exporter.progress import reporting
-        from exporter.recipe import read_recipe
+        from exporter.render.json_text import compiled_json
         from exporter.render.terminal import render
 
-        settings = read_recipe(flags, recipe)
-        with reporting(quiet=settings.quiet) as progress:
-            result = compile_path(model, settings, progress=progress)
-    if not settings.quiet:
-        show(render(result.report))
-        click.echo(f"\nwritten to {result.out}")
-    for message in result.messages:
-        click.echo(message, err=True)
-    return result.exit_code
+        def done(job: Job) -> CompileResult:
+            with reporting(quiet=job.recipe.quiet or as_json) as progress:
+                result = compile_path(job.model, job.recipe, progress=progress)
+            if not (job.recipe.quiet or as_json):
+                show(render(result.report))
+                click.echo(f"\n{'up to date, nothing was done' if result.reused else 'written to'} {result.out}")
+            for message in result.messages:
+                click.echo(message, err=True)
+            return result
+
+        results = [done(job) for job in read_jobs(model, flags, recipe)]
+    if as_json:
+        click.echo(compiled_json(results), nl=False)
+    return worst_code(result.exit_code for result in results)
 
 
 @cli.command("passes")
 @click.argument("name", required=False)
-def passes_command(name: str | None) -> None:
+@as_json
+def passes_command(name: str | None, as_json: bool) -> None:
     """Every pass with its options, defaults, paper."""
-    from exporter.show_passes import render_pass, render_passes
+    from exporter.show_passes import described, render_pass, render_passes
 
-    show(render_passes() if name is None else render_pass(name))
+    if as_json:
+        echo_json(described(name))
+    else:
+        show(render_passes() if name is None else render_pass(name))
 
 
 @cli.command("diff")
 @click.argument("old", type=click.Path(path_type=Path))
 @click.argument("new", type=click.Path(path_type=Path))
 @click.option("--gate", "gates", multiple=True, metavar="EXPR", help="What may be lost: sqnr_db.drop<=0.5.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@as_json
 @click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="Also write it as markdown.")
 @click.option("--model", type=click.Path(path_type=Path), help="The model in float, where OLD is an ONNX file.")
 @click.option("--calib", metavar="FILE|pkg.mod:function", help="With --model: as compile was given it.")
@@ -150,19 +171,30 @@ def diff_command(old: Path, new: Path, gates: tuple[str, ...], as_json: bool, ou
 
 @cli.command("inspect")
 @click.argument("out", type=click.Path(path_type=Path))
-def inspect_command(out: Path) -> None:
+@as_json
+def inspect_command(out: Path, as_json: bool) -> None:
     """What an output folder holds: layers, formats, bits per weight, sizes, gates."""
     from exporter.inspect_out import inspect_out, render
+    from exporter.render.json_text import inspected_json
 
-    show(render(inspect_out(out)))
+    state = inspect_out(out)
+    if as_json:
+        click.echo(inspected_json(state), nl=False)
+    else:
+        show(render(state))
 
 
 @cli.command("doctor")
-def doctor_command() -> None:
+@as_json
+def doctor_command(as_json: bool) -> None:
     """What this machine can do, and what to install for the rest."""
     from exporter.doctor import examine, render
 
-    show(render(examine()))
+    found = examine()
+    if as_json:
+        echo_json(found)
+    else:
+        show(render(found))
 
 
 @cli.command("build")
@@ -171,7 +203,10 @@ def doctor_command() -> None:
 @click.option("--trt-arch", metavar="LIST", help="GPU architectures of an rtx engine: sm80,sm89.")
 @click.option("--trt-profile", "profiles", multiple=True, metavar="NAME=MIN/OPT/MAX", help="Shapes to build for.")
 @click.option("--force", is_flag=True, help="Replace an engine that is there.")
-def build_command(bundle: Path, trt_flavor: str, trt_arch: str | None, profiles: tuple[str, ...], force: bool) -> None:
+@as_json
+def build_command(
+    bundle: Path, trt_flavor: str, trt_arch: str | None, profiles: tuple[str, ...], force: bool, as_json: bool
+) -> None:
     """Finish a TensorRT bundle: make its engine, on the machine that has the GPU."""
     from exporter.build_bundle import build_bundle
     from exporter.recipe import Recipe
@@ -179,7 +214,10 @@ def build_command(bundle: Path, trt_flavor: str, trt_arch: str | None, profiles:
     given: dict[str, Any] = {"trt_flavor": trt_flavor, "trt_arch": trt_arch or (), "trt_profiles": profiles}
     recipe = Recipe(**given)
     done = build_bundle(bundle, recipe, force=force)
-    click.echo(f"{done.engine}: {done.engine_bytes} bytes, TensorRT {done.version} ({done.flavor})")
+    if as_json:
+        echo_json(done)
+    else:
+        click.echo(f"{done.engine}: {done.engine_bytes} bytes, TensorRT {done.version} ({done.flavor})")
 
 
 @cli.command("bench")
@@ -191,15 +229,26 @@ def build_command(bundle: Path, trt_flavor: str, trt_arch: str | None, profiles:
 @click.option("--length", type=click.IntRange(min=1), default=128, show_default=True, help="Of other free axes.")
 @click.option("--threads", type=click.IntRange(min=0), default=1, show_default=True, help="0: onnxruntime decides.")
 @click.option("--rounds", type=click.IntRange(min=3), default=30, show_default=True, help="Runs of each, in turns.")
+@as_json
 def bench_command(
-    out: Path, float_model: Path | None, batches: tuple[int, ...], length: int, threads: int, rounds: int
+    out: Path, float_model: Path | None, batches: tuple[int, ...], length: int, threads: int, rounds: int, as_json: bool
 ) -> None:
     """Latency and throughput of the artifact beside the same network in float, in one run, as a ratio."""
     from exporter.bench import bench, render
 
     sizes = batches or (1, 32)
     measured = bench(out, batches=sizes, length=length, threads=threads, rounds=rounds, float_model=float_model)
-    show(render(measured))
+    if as_json:
+        echo_json(measured)
+    else:
+        show(render(measured))
+
+
+def echo_json(value: object) -> None:
+    """Print a value as JSON on stdout."""
+    from exporter.render.json_text import as_text
+
+    click.echo(as_text(value), nl=False)
 
 
 def show(renderable: Any) -> None:
@@ -220,10 +269,14 @@ def library_warnings(shown: bool) -> Iterator[None]:
 
 def run(args: Sequence[str]) -> int:
     """Run one command line; the exit code. Errors are one line on stderr."""
-    if not args:
-        click.echo(cli.get_help(click.Context(cli, info_name="qexport")), err=True)
-        return USAGE
     try:
+        if not args and COMPLETE not in os.environ:
+            from exporter.jobs import names_a_model
+
+            if not names_a_model():
+                click.echo(cli.get_help(click.Context(cli, info_name="qexport")), err=True)
+                return USAGE
+            args = [COMPILE]
         with terminated_like_interrupted():
             return int(cli.main(list(args), prog_name="qexport", standalone_mode=False) or 0)
     except QExportError as error:

@@ -24,7 +24,7 @@ from exporter.checkpoint import save_checkpoint
 from exporter.errors import InputError, InternalError, TargetError
 from exporter.evidence import gather
 from exporter.foreign.adopt import adopt
-from exporter.gates import FAILED, evaluate, exit_code, parse_gate
+from exporter.gates import GATE_FAILED, evaluate, exit_code, parse_gate
 from exporter.histograms import layer_histograms
 from exporter.kernels import kernel_of_layers, optimized_kernels
 from exporter.load import Loaded, load_model
@@ -73,7 +73,7 @@ class CompileResult:
 def worst_code(codes: Iterable[int]) -> int:
     """The exit code of several compilations: a failed gate wins over a target that could not be completed."""
     found = set(codes)
-    return next((code for code in (FAILED, INCOMPLETE) if code in found), 0)
+    return next((code for code in (GATE_FAILED, INCOMPLETE) if code in found), 0)
 
 
 def compile_path(model: Path, recipe: Recipe, *, progress: Progress) -> CompileResult:

@@ -20,10 +20,11 @@ REPORT = "report.json"
 
 @dataclasses.dataclass(frozen=True)
 class OutputState:
-    """An output folder: its report, and {file: changed, missing or ok} against its manifest."""
+    """An output folder: its report, {file: changed, missing or ok} against its manifest, and the manifest's key."""
 
     report: Report
     files: dict[str, str]
+    key: str | None = None
 
 
 def inspect_out(out: Path) -> OutputState:
@@ -32,13 +33,26 @@ def inspect_out(out: Path) -> OutputState:
         raise InputError("no such folder", where=str(out), fix="give what --out named")
     try:
         report = Report.from_json((out / REPORT).read_text(encoding="utf-8"))
-        hashes = _hashes(json.loads((out / MANIFEST).read_text(encoding="utf-8")))
+        manifest = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
+        hashes = _hashes(manifest)
     except FileNotFoundError as error:
         name = Path(error.filename).name
         raise InputError(f"is not an output of qexport: it has no {name}", where=str(out)) from error
     except (OSError, ValueError) as error:
         raise InputError(f"is not an output that this qexport reads: {error}", where=str(out)) from error
-    return OutputState(report, {name: _state(out / name, digest) for name, digest in hashes.items()})
+    files = {name: _state(out / name, digest) for name, digest in hashes.items()}
+    return OutputState(report, files, manifest.get("key"))
+
+
+def whole_output(out: Path) -> OutputState | None:
+    """The output in `out` if it is one, and each of its files is there and as it was written."""
+    try:
+        state = inspect_out(out)
+    except InputError:
+        return None
+    reports = ("report.md", "report.html", "junit.xml", "timings.json")
+    whole = all(found == "ok" for found in state.files.values()) and all((out / name).is_file() for name in reports)
+    return state if whole else None
 
 
 def render(state: OutputState) -> RenderableType:

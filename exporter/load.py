@@ -102,7 +102,7 @@ def resolve_callable(spec: str, flag: str) -> Callable[..., Any]:
     module_name, colon, attribute = spec.partition(":")
     if not (colon and module_name and attribute):
         raise InputError(f"{spec!r} is not of the form pkg.mod:function", where=flag)
-    _import_from_here()
+    import_from_here()
     try:
         target: Any = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:
@@ -116,7 +116,8 @@ def resolve_callable(spec: str, flag: str) -> Callable[..., Any]:
     return cast(Callable[..., Any], target)
 
 
-def _import_from_here() -> None:
+def import_from_here() -> None:
+    """Let modules of the current directory be imported."""
     directory = str(Path.cwd())
     if directory not in sys.path:
         sys.path.insert(0, directory)
@@ -223,7 +224,7 @@ def _load_pickle(path: Path, trust: bool) -> Any:
             ) from error
     except Exception as error:
         raise _damaged(path, error) from error
-    _import_from_here()
+    import_from_here()
     try:
         return _torch_load(path, weights_only=False)
     except (AttributeError, ImportError) as error:

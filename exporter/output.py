@@ -188,10 +188,11 @@ def write_manifest(
     recipe: Mapping[str, Json],
     calibration_sha256: str | None,
     model_sha256: str | None = None,
+    key: str | None = None,
 ) -> None:
     """Write manifest.json: hashes of what `folder` holds, versions, recipe. Same input and seed, same bytes.
 
-    `model_sha256` is that of the MODEL that was read, where it is a file.
+    `model_sha256` is that of the MODEL that was read, where it is a file; `key` see `exporter.up_to_date`.
     """
     manifest = {
         "files": hashes(folder),
@@ -199,6 +200,7 @@ def write_manifest(
         "recipe": dict(recipe),
         "calibration_sha256": calibration_sha256,
         "model_sha256": model_sha256,
+        "key": key,
     }
     _write_json(folder / MANIFEST, manifest)
 

@@ -6,8 +6,15 @@ from rich.text import Text
 
 from exporter.errors import InputError
 from exporter.options import nearest
-from exporter.specs import describe
+from exporter.specs import PassDescription, describe
 from passes import PASSES
+
+
+def described(name: str | None = None) -> tuple[PassDescription, ...]:
+    """Every pass, or one. Raises InputError that names the nearest when there is none of that name."""
+    if name is not None and name not in PASSES:
+        raise InputError(f"unknown pass {name!r}", where="passes", fix=nearest(name, PASSES))
+    return tuple(describe(work) for key, work in PASSES.items() if name in (None, key))
 
 
 def render_passes() -> RenderableType:
@@ -20,9 +27,7 @@ def render_passes() -> RenderableType:
 
 def render_pass(name: str) -> RenderableType:
     """One pass. Raises InputError that names the nearest when there is none of that name."""
-    if name not in PASSES:
-        raise InputError(f"unknown pass {name!r}", where="passes", fix=nearest(name, PASSES))
-    shown = describe(PASSES[name])
+    (shown,) = described(name)
     head: list[RenderableType] = [Text(f"{shown.name}: {shown.summary}", style="bold")]
     head += [Text(f"paper: {shown.paper}")] if shown.paper else []
     head += (

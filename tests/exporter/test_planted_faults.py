@@ -114,9 +114,10 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Good:
     return Good(program, {name: backend.lower(program, folders[name]) for name, backend in backends.items()})
 
 
-def judge(good: Good, folder: Path, lowered: dict[str, Lowered] | None = None) -> Report:
+def judge(good: Good, lowered: dict[str, Lowered] | None = None) -> Report:
     """What validation says of a program and its files."""
-    report = validate(good.program, Recipe(threads=1), lowered or good.lowered, None, folder, Silent())
+    files = lowered or good.lowered
+    report = validate(good.program, Recipe(threads=1), files, None, files["onnx"].artifact.model.parent, Silent())
     return dataclasses.replace(report, model={"name": "net"})
 
 
@@ -307,17 +308,17 @@ def planted(good: Good, plant: Plant, folder: Path, target: str = "onnx") -> dic
 @pytest.mark.parametrize("fault", IN_CONVS)
 def test_a_fault_in_the_file_of_convolutions(fault: str, convs: Good, tmp_path: Path) -> None:
     plant, layer = IN_CONVS[fault]
-    assert_names(judge(convs, tmp_path, planted(convs, plant, tmp_path)), layer, "lowering")
+    assert_names(judge(convs, planted(convs, plant, tmp_path)), layer, "lowering")
 
 
 @pytest.mark.parametrize("fault", IN_BLOCK)
 def test_a_fault_in_the_file_of_a_transformer_block(fault: str, block: Good, tmp_path: Path) -> None:
     plant, layer = IN_BLOCK[fault]
-    assert_names(judge(block, tmp_path, planted(block, plant, tmp_path)), layer, "lowering")
+    assert_names(judge(block, planted(block, plant, tmp_path)), layer, "lowering")
 
 
 def test_layers_behind_a_fault_inherit_it(convs: Good, tmp_path: Path) -> None:
-    report = judge(convs, tmp_path, planted(convs, edit("mix.bias", np.zeros_like), tmp_path))
+    report = judge(convs, planted(convs, edit("mix.bias", np.zeros_like), tmp_path))
     stages = {layer.name: layer.stage for layer in report.layers}
     assert [name for name, stage in stages.items() if is_fault(stage)] == ["mix"]
     behind = stages["fc"]
@@ -328,7 +329,7 @@ def test_layers_behind_a_fault_inherit_it(convs: Good, tmp_path: Path) -> None:
 
 
 def test_a_fault_in_the_file_for_tensorrt(two: Good, tmp_path: Path) -> None:
-    report = judge(two, tmp_path, planted(two, edit("two.bias", np.zeros_like), tmp_path, "trt"))
+    report = judge(two, planted(two, edit("two.bias", np.zeros_like), tmp_path, "trt"))
     assert_names(report, "two", "tensorrt dialect")
 
 
@@ -355,7 +356,7 @@ def test_a_faulty_kernel(convs: Good, tmp_path: Path, monkeypatch: pytest.Monkey
     maker_of_mix = maker(onnx.load(convs.lowered["onnx"].artifact.model), "mix/output").name
     monkeypatch.setattr(OnnxRuntime, "write_optimized", write_faulty)
     monkeypatch.setattr(OnnxRuntime, "load", load_faulty)
-    report = judge(convs, tmp_path)
+    report = judge(convs)
     assert_names(report, "mix", "runtime")
     assert report.parity["onnxruntime"]["output"].sqnr_db < report.parity["onnxruntime_unoptimized"]["output"].sqnr_db
 
@@ -396,7 +397,7 @@ def test_a_range_that_clips(convs: Good, tmp_path: Path) -> None:
     layer = next(entry for entry in find_layers(convs.program.graph) if entry.name == "mix")
     scale = arguments(convs.program, layer.input)[0]
     with changed(scale, scale / 8):
-        report = judge(convs, tmp_path, planted(convs, eighth_of_range, tmp_path))
+        report = judge(convs, planted(convs, eighth_of_range, tmp_path))
     assert_names(report, "mix", "quantization")
     found = next(entry for entry in report.layers if entry.name == "mix")
     assert [cause.kind for cause in found.causes] == ["clipping"]
@@ -413,7 +414,7 @@ def test_a_pass_that_doubles_one_scale(convs: Good, tmp_path: Path) -> None:
     doubled = scale.clone()
     doubled[5] *= 2
     with changed(scale, doubled):
-        report = judge(convs, tmp_path, planted(convs, edit("depthwise.weight_scale", row(5, 2.0)), tmp_path))
+        report = judge(convs, planted(convs, edit("depthwise.weight_scale", row(5, 2.0)), tmp_path))
     assert_names(report, "depthwise", "quantization")
     found = next(entry for entry in report.layers if entry.name == "depthwise")
     assert found.evidence is not None
@@ -424,7 +425,7 @@ def test_a_pass_that_gives_a_layer_other_codes(convs: Good, tmp_path: Path) -> N
     codes = weight_of(convs.program, "fc")[0]
     fault = edit("fc.weight_codes", lambda stored: np.roll(stored, 1, axis=1))
     with changed(codes, codes.roll(1, 0)):
-        report = judge(convs, tmp_path, planted(convs, fault, tmp_path))
+        report = judge(convs, planted(convs, fault, tmp_path))
     assert_names(report, "fc", "quantization")
 
 
@@ -445,8 +446,8 @@ def test_samples_of_validation_among_those_of_calibration() -> None:
 
 
 @pytest.mark.parametrize("net", ["convs", "block", "two"])
-def test_a_good_artifact_has_no_fault(net: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    report = judge(request.getfixturevalue(net), tmp_path)
+def test_a_good_artifact_has_no_fault(net: str, request: pytest.FixtureRequest) -> None:
+    report = judge(request.getfixturevalue(net))
     assert not any(is_fault(layer.stage) for layer in report.layers)
     assert {layer.stage.name for layer in report.layers if layer.stage} == {"quantization"}
     stages = {"quantization", "lowering", "runtime"} | ({"tensorrt dialect"} if net == "two" else set())
