@@ -32,7 +32,7 @@ from exporter.errors import InputError
 from exporter.foreign.base import ForeignWeight, Settings
 from exporter.foreign.folder import read_quantized, settings_of
 from exporter.mapped import map_safetensors
-from exporter.zips import refuse_compressed
+from exporter.torch_files import check_torch_file
 from passes.memory import release
 
 Kind = Literal["exported", "state_dict", "module", "huggingface"]
@@ -211,8 +211,7 @@ def _silenced(name: str) -> Iterator[None]:
 
 def _load_pickle(path: Path, trust: bool) -> Any:
     try:
-        if zipfile.is_zipfile(path):
-            refuse_compressed(path)
+        check_torch_file(path)
         return _torch_load(path, weights_only=True)
     except pickle.UnpicklingError as error:
         if not trust:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from exporter.errors import InputError
-from exporter.zips import refuse_compressed
+from exporter.torch_files import check_torch_file
 
 FLAG = "--calib"
 MAX_EXPANDED, MAX_RATIO = 1 << 30, 100
@@ -101,8 +101,7 @@ def _array(path: Path, array: Any) -> Any:
 
 
 def _read_torch(path: Path, count: int) -> Arrays:
-    if zipfile.is_zipfile(path):
-        refuse_compressed(path)
+    check_torch_file(path)
     try:
         with path.open("rb") as file:  # given a name, torch goes by its ending
             content = torch.load(file, map_location="cpu", weights_only=True)

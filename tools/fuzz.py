@@ -51,6 +51,7 @@ MEMORY = 4 << 30
 EVERY = 100
 """One input in so many goes through the whole command."""
 
+FOLDER = "folder/"
 FACTORY = "tools.fuzz:network"
 WANTED = (Wanted("x", (None, 4), torch.float32),)
 SAMPLES = 16
@@ -159,7 +160,7 @@ class Outcome:
 
 
 def good_files() -> dict[str, bytes]:
-    """{kind: content}; kinds are model.*, calib.* and recipe."""
+    """{kind: content}; kinds are model.*, calib.*, recipe, and folder/NAME for the files of a Hugging Face folder."""
     model, x = network().eval(), torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
     state, arrays = model.state_dict(), {"x": x}
     batch = torch.export.Dim("batch")
@@ -179,7 +180,23 @@ def good_files() -> dict[str, bytes]:
         "calib.pt_legacy": _written(lambda file: torch.save(arrays, file, _use_new_zipfile_serialization=False)),
         "calib.jsonl": tokens.encode(),
         "recipe": RECIPE.encode(),
+        **{f"folder/{name}": content for name, content in _hugging_face_folder().items()},
     }
+
+
+def _hugging_face_folder() -> dict[str, bytes]:
+    import transformers
+
+    config = transformers.OPTConfig(
+        vocab_size=16, hidden_size=8, ffn_dim=8, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=8
+    )
+    with tempfile.TemporaryDirectory() as name:
+        transformers.OPTForCausalLM(config).save_pretrained(name)
+        tensors = (Path(name) / "model.safetensors").read_bytes()
+        settings = (Path(name) / "config.json").read_bytes()
+    named = transformers.OPTForCausalLM(config).state_dict()
+    index = json.dumps({"weight_map": dict.fromkeys(named, "model.safetensors")}).encode()
+    return {"config.json": settings, "model.safetensors": tensors, "model.safetensors.index.json": index}
 
 
 def _written(write: Callable[[io.BytesIO], None]) -> bytes:
@@ -335,8 +352,13 @@ def examine(number: int, seed: int, files: Mapping[str, bytes], folder: Path) ->
     choose = random.Random(f"{seed}:{number}")
     kind = choose.choice(sorted(files))
     content = mutated(files[kind], choose)
-    path = folder / ("recipe.toml" if kind == "recipe" else f"input{choose.choice(('', '.pt', '.npz', '.bin'))}")
-    path.write_bytes(content)
+    path = folder / f"input{choose.choice(('', '.pt', '.npz', '.bin'))}"
+    if kind.startswith(FOLDER):
+        path.mkdir()
+        for name in (name for name in files if name.startswith(FOLDER)):
+            (path / name.removeprefix(FOLDER)).write_bytes(content if name == kind else files[name])
+    else:
+        path.write_bytes(content)
     before = set(folder.rglob("*"))
     try:
         ended, said = _by_command(kind, path, files) if number % EVERY == 0 else _by_function(kind, path)
@@ -344,11 +366,10 @@ def examine(number: int, seed: int, files: Mapping[str, bytes], folder: Path) ->
         said = str(error)
         ended = "several lines" if "\n" in said or not said else "refused"
     except BaseException as error:
-        ended, said = f"{type(error).__name__}", traceback.format_exc()
+        ended, said = type(error).__name__, traceback.format_exc()
     finally:
         left = sorted(str(file.relative_to(folder)) for file in set(folder.rglob("*")) - before)
-        for file in sorted(folder.rglob("*"), reverse=True):
-            file.rmdir() if file.is_dir() else file.unlink()
+        _empty(folder)
     return Outcome(kind, "file left behind", f"{left} after: {said}") if left else Outcome(kind, ended, said)
 
 
@@ -365,20 +386,20 @@ def _by_function(kind: str, path: Path) -> tuple[str, str]:
 def _by_command(kind: str, path: Path, files: Mapping[str, bytes]) -> tuple[str, str]:
     """The whole command, with rounding; what it writes when it succeeds is taken away again."""
     out, beside = path.parent / "out", Path(tempfile.mkdtemp())
-    model = path if kind.startswith("model.") else beside / "model"
+    model = path if kind.startswith(("model.", FOLDER)) else beside / "model"
     calib = path if kind.startswith("calib.") else beside / "calib"
     if model.parent == beside:
         model.write_bytes(files["model.exported"])
     if calib.parent == beside:
         calib.write_bytes(files["calib.npz"])
     args = [str(model), "--calib", str(calib), "--factory", FACTORY, "--out", str(out), "--quiet"]
+    args += ["--input", "input_ids=8x4:int64"] if kind.startswith(FOLDER) else []
     args += ["--recipe", str(path)] if kind == "recipe" else ["--passes", "act-quant,rtn"]
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
         code = run(args)
     for folder in (beside, out) if code in (0, 3, 4) else (beside,):
-        for file in sorted(folder.rglob("*"), reverse=True):
-            file.rmdir() if file.is_dir() else file.unlink()
+        _empty(folder)
         if folder.exists():
             folder.rmdir()
     said = printed.getvalue()
@@ -387,6 +408,11 @@ def _by_command(kind: str, path: Path, files: Mapping[str, bytes]) -> tuple[str,
     if code == 2 and said.count("\n") == 1 and said.startswith("error: "):
         return "refused", said
     return f"exit code {code}", said
+
+
+def _empty(folder: Path) -> None:
+    for file in sorted(folder.rglob("*"), reverse=True):
+        file.rmdir() if file.is_dir() else file.unlink()
 
 
 # --------------------------------------------------------------------------------------------------------- the run
