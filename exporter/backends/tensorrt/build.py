@@ -80,12 +80,14 @@ def build_engine(
     *,
     arch: Sequence[str] = (),
     profiles: Mapping[str, Profile],
+    plugins: tuple[Path, Mapping[str, Any]] | None = None,
     timeout_s: float = 3600.0,
 ) -> EngineBuild:
     """Build `model` (ONNX, external data beside it) into the file `engine`; replaces an engine that is there.
 
     `arch` names GPU architectures (`sm80`, `sm89`) for the rtx flavor; none means each from Ampere on that supports the
     model's types. `profiles` gives the (min, opt, max) shapes of every input that has a dynamic dimension.
+    `plugins` are a bundle's folder and its kernel sets, for full TensorRT.
     Raises BuildError when the builder refuses, crashes or takes longer than `timeout_s` seconds, and OSError when the
     folder of `engine` cannot be written; neither leaves a file behind.
     """
@@ -98,6 +100,7 @@ def build_engine(
             "model": str(model),
             "engine": str(unfinished),
             "arch": list(arch),
+            "plugins": None if plugins is None else [str(plugins[0]), plugins[1]],
             "profiles": {name: [list(shape) for shape in shapes] for name, shapes in profiles.items()},
         }
         started = time.monotonic()

@@ -2,7 +2,8 @@
 
 TensorRT's parser and builder can kill the process they run in (SIGFPE on a constant integer division by zero, SIGSEGV
 on deep graphs), so `build.py` runs this file as a script and reads the result from a file. It needs nothing but the
-engine's Python module: no numpy, no torch and no other module of this package, so it starts fast and crashes alone.
+engine's Python module (and `plugin.py`, for plugins): no torch and nothing else of this package, so it starts fast and
+crashes alone.
 
     builder.py probe MODULE               exit 0 if MODULE can build engines on this machine
     builder.py build REQUEST RESULT       both JSON; RESULT is only written when the builder lived to tell
@@ -14,6 +15,7 @@ One code serves both flavors: `tensorrt_rtx` builds ahead of time for named comp
 import ctypes
 import hashlib
 import importlib
+import importlib.util
 import json
 import os
 import re
@@ -79,6 +81,8 @@ def restart_with_deep_stack(argv: list[str]) -> None:
 def build(request: dict[str, Any]) -> dict[str, Any]:
     """Build `request["model"]` into `request["engine"]`; the facts about it as plain data, the layer table as text."""
     trt = importlib.import_module(request["module"])
+    if request["plugins"]:
+        register_plugins(*request["plugins"])
     log = make_logger(trt)
     builder = trt.Builder(log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
@@ -109,6 +113,16 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
         "scratch_bytes": log.memory.get("Max Scratch", 0),
         "warnings": log.warnings,
     }
+
+
+def register_plugins(folder: str, kernel_sets: dict[str, Any]) -> None:
+    """By the file beside this one, loaded as a module of its own: the package's root may be out of reach."""
+    spec = importlib.util.spec_from_file_location("qexport_plugin", Path(__file__).with_name("plugin.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    plugin = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(plugin)
+    plugin.register(Path(folder), kernel_sets)
 
 
 def make_logger(trt: Any) -> Any:

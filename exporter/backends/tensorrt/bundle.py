@@ -1,23 +1,31 @@
 """A TensorRT bundle: what it takes to build an engine, here or on the machine that has the GPU.
 
     model.onnx (+ model.onnx.data)    the quantized model in TensorRT's dialect
-    build.json                        schema, names of inputs and outputs, shapes, architectures, the quantized layers
+    kernels/*.ptx                     kernels of the plugins, for full TensorRT
+    build.json                        schema, names of inputs and outputs, shapes, architectures, the quantized layers,
+                                      and which kernels each set of a plugin has
 
 `finish` builds the engine and looks at what became of every quantized weight: one that TensorRT folded back to float
 gives the right answer at the wrong size and speed, so it counts as a failure.
 """
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx
+import onnx_ir as ir
 from onnx import numpy_helper
 
-from exporter.backends.tensorrt.build import EngineBuild, Flavor, Profile, build_engine
+from exporter.backends.tensorrt.build import BuildError, EngineBuild, Flavor, Profile, build_engine
 from exporter.backends.tensorrt.folding import PackedWeight, packed_weights, stored_weights
 from exporter.lowering.lowered import LoweredLayer
 
@@ -39,6 +47,7 @@ class Bundle:
     profiles: Mapping[str, Profile]
     arch: tuple[str, ...]
     layers: tuple[LoweredLayer, ...]
+    kernels: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +56,7 @@ class EngineResult:
 
     kernels  {quantized layer: the kernels that hold its weight or compute with it, in execution order}
     folded   quantized layers whose weight the engine does not hold compressed
-    bytes    {quantized layer: bytes of its packed constants in the engine}
+    bytes    {quantized layer: bytes of its packed constants}
     """
 
     build: EngineBuild
@@ -79,6 +88,7 @@ def read_bundle(folder: Path) -> Bundle:
             profiles={str(name): _profile(shapes) for name, shapes in read["profiles"].items()},
             arch=tuple(read["arch"]),
             layers=tuple(LoweredLayer(**layer) for layer in read["layers"]),
+            kernels=dict(read.get("kernels", {})),
         )
     except (KeyError, TypeError, AttributeError, ValueError) as error:  # what reading a wrong structure raises
         raise BundleError(f"{path} is damaged: {type(error).__name__}: {error}") from error
@@ -105,29 +115,64 @@ def finish(
     """
     bundle = read_bundle(folder)
     model = folder / MODEL
-    build = build_engine(
-        model,
-        engine,
-        flavor,
-        # Full TensorRT builds for the GPU it finds, whatever an rtx engine would be for.
-        arch=() if flavor == "tensorrt" else bundle.arch if arch is None else arch,
-        profiles=bundle.profiles if profiles is None else profiles,
-        timeout_s=timeout_s,
-    )
+    if bundle.kernels and flavor == "rtx":
+        raise BuildError(f"{folder} needs plugins, which TensorRT for RTX has not; compile it with --trt-flavor rtx")
+    with _without_functions(folder, bool(bundle.kernels)) as parsed:
+        build = build_engine(
+            parsed,
+            engine,
+            flavor,
+            # Full TensorRT builds for the GPU it finds, whatever an rtx engine would be for.
+            arch=() if flavor == "tensorrt" else bundle.arch if arch is None else arch,
+            profiles=bundle.profiles if profiles is None else profiles,
+            plugins=(folder, bundle.kernels) if bundle.kernels else None,
+            timeout_s=timeout_s,
+        )
     weights = packed_weights(model)
     stored = stored_weights(build, weights, _int8_codes(model, weights))
     parts = {
         layer.name: [part for part in stored if part.weight.name.startswith(layer.codes)] for layer in bundle.layers
     }
+    kernels = {
+        name: ", ".join(dict.fromkeys(kernel for part in own for kernel in part.kernels)) or "plugin"
+        for name, own in parts.items()
+    }
+    sizes = _initializer_sizes(model)
     return EngineResult(
         build,
-        {
-            name: ", ".join(dict.fromkeys(kernel for part in own for kernel in part.kernels))
-            for name, own in parts.items()
-        },
+        kernels,
         tuple(name for name, own in parts.items() if any(part.state != "compressed" for part in own)),
-        {name: sum(part.weight.bytes for part in own if part.state == "compressed") for name, own in parts.items()},
+        {
+            layer.name: sum(size for name, size in sizes.items() if name.startswith(layer.codes))
+            for layer in bundle.layers
+        },
     )
+
+
+@contextlib.contextmanager
+def _without_functions(folder: Path, needed: bool) -> Iterator[Path]:
+    """The model as TensorRT is to read it: where a plugin has its name, a function would stand in for it."""
+    model = folder / MODEL
+    if not needed:
+        yield model
+        return
+    proto = onnx.load(str(model), load_external_data=False)
+    del proto.functions[:]
+    with tempfile.TemporaryDirectory(prefix=".parsed-", dir=folder) as scratch:
+        parsed = Path(scratch) / MODEL
+        parsed.write_bytes(proto.SerializeToString())
+        external = folder / f"{MODEL}.data"
+        if external.is_file():
+            os.link(external, parsed.with_name(external.name))
+        yield parsed
+
+
+def _initializer_sizes(model: Path) -> dict[str, int]:
+    """Bytes of the model's constants."""
+    graph = onnx.load(str(model), load_external_data=False).graph
+    return {
+        tensor.name: -(-prod(tensor.dims) * ir.DataType(tensor.data_type).bitwidth // 8) for tensor in graph.initializer
+    }
 
 
 def _int8_codes(model: Path, weights: Sequence[PackedWeight]) -> dict[str, npt.NDArray[np.int8]]:

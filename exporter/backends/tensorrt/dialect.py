@@ -108,6 +108,9 @@ class TensorRTDialect(Dialect):
         return b.op("DequantizeLinear", codes, scales, axis=0)
 
     def matrix(self, b: Builder, node: Node) -> ir.Value:
+        return self._native_matrix(b, node)
+
+    def _native_matrix(self, b: Builder, node: Node) -> ir.Value:
         weight = node.weight
         if not isinstance(weight, AffineWeight) or weight.zero_point is not None or weight.axis != 1:
             return self._packed_matrix(b, node)
@@ -117,7 +120,7 @@ class TensorRTDialect(Dialect):
         return matrix
 
     def embedding(self, b: Builder, node: Node) -> ir.Value:
-        return b.op("Gather", self.matrix(b, node), node.value(1), axis=0)
+        return b.op("Gather", self._native_matrix(b, node), node.value(1), axis=0)
 
     def fake_quantize(self, b: Builder, node: Node) -> ir.Value:
         low, high, x = node.integer("quant_min"), node.integer("quant_max"), node.value(0)

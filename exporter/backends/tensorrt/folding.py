@@ -55,11 +55,6 @@ class PackedWeight:
     dequantize: str
     consumers: tuple[str, ...] = ()
 
-    @property
-    def bytes(self) -> int:
-        """Of the packed codes."""
-        return -(-prod(self.dims) // 2) if self.dtype == "int4" else prod(self.dims)
-
 
 @dataclass(frozen=True)
 class StoredWeight:

@@ -14,6 +14,7 @@ from torch import fx
 from exporter.backends.base import Backend, LoweringError
 from exporter.backends.tensorrt.bundle import MODEL, Bundle, write_bundle
 from exporter.backends.tensorrt.dialect import TensorRTDialect
+from exporter.backends.tensorrt.plugin_dialect import KernelFiles, PluginDialect, kernel_files, write_kernels
 from exporter.backends.tensorrt.profiles import choose_profiles
 from exporter.lowering.fuse import fuse
 from exporter.lowering.lowered import Lowered
@@ -29,9 +30,14 @@ TOKEN_BITS_ARGUMENT = 3  # of LINEAR
 
 @dataclasses.dataclass(frozen=True)
 class TensorRTBackend(Backend):
-    """Lowers to a bundle. `arch` names the GPUs an rtx engine is for (sm80, sm89); none means all from Ampere on."""
+    """Lowers to a bundle.
+
+    arch      the GPUs an rtx engine is for (sm80, sm89); none means all from Ampere on
+    plugins   3-bit and codebook weights go into plugins, which full TensorRT has and TensorRT for RTX has not
+    """
 
     arch: tuple[str, ...] = ()
+    plugins: bool = False
 
     name: ClassVar[str] = "trt"
     rules: ClassVar[TargetRules] = TargetRules(
@@ -48,7 +54,7 @@ class TensorRTBackend(Backend):
     )
 
     def lower(self, program: Program, folder: Path) -> Lowered:
-        """Write model.onnx (and model.onnx.data past 2 GB) and build.json into `folder`.
+        """Write model.onnx (and model.onnx.data for large ones), build.json and kernels/*.ptx into `folder`.
 
         TensorRT's kernels add nothing of their own to the lowered graph: sums of int8 products are exact, biases and
         all that is not quantized stay float. So `simulated` is the lowered graph itself.
@@ -58,12 +64,16 @@ class TensorRTBackend(Backend):
         if refused:
             raise LoweringError(self.name, refused)
         model = export(fused.graph, program.calibration.example(), program.dynamic, program.output_names)
-        dialect = TensorRTDialect()
+        dialect = PluginDialect() if self.plugins else TensorRTDialect()
         taps = expand(model, dialect, fused.weights, program.memory)
         save(model, folder / MODEL)
         inputs = tuple(str(node.target) for node in inputs_of(fused.graph))
-        layers = tuple(dialect.layers)
-        write_bundle(folder, Bundle(inputs, program.output_names, choose_profiles(program), self.arch, layers))
+        layers, kernels = tuple(dialect.layers), KernelFiles({}, {})
+        if isinstance(dialect, PluginDialect):
+            kernels = kernel_files(dialect.kernel_sets)
+            write_kernels(folder, kernels)
+        profiles = choose_profiles(program)
+        write_bundle(folder, Bundle(inputs, program.output_names, profiles, self.arch, layers, kernels.described))
         artifact = Artifact("tensorrt", folder / MODEL, inputs, program.output_names)
         return Lowered(artifact, fused.graph, fused.graph, layers, taps)
 
