@@ -39,15 +39,15 @@ def hessian_of(layer: Layer, inputs: Sequence[Tensor], part: Part | None = None)
 def moments_of(layer: Layer, lefts: Sequence[Tensor], rights: Sequence[Tensor], part: Part | None = None) -> Tensor:
     """X^T Y / n, [groups, in, in] float32: X the layer's rows over `lefts`, Y those over `rights`, batch by batch.
 
-    `part` says which of all batches these are, where other ranks have others. Products are float32; sums over batches
-    are float64, in the tree of passes.ranks. Raises PassError when an input is not finite.
+    `part` says which of all batches these are, where other ranks have others. Products are float32, and summed as
+    passes.ranks says. Raises PassError when an input is not finite.
     """
     part = part or Part(Ranks(), range(len(rights)), len(rights))
     total, count = ShardSum(part.ranks, part.total), 0
     with single_thread():
         for index, left, right in zip(part.batches, lefts, rights, strict=True):
             for rows in _pairs(layer, left, right):
-                total.add(index, (rows[0].mT @ rows[1]).double())
+                total.add(index, rows[0].mT @ rows[1])
                 count += rows[1].shape[1]
         moments = total.total()
     count = sum(part.ranks.gather(count))

@@ -5,8 +5,9 @@ add up to is added in one fixed binary tree,
 
     ((s0 + s1) + (s2 + s3)) + ((s4 + s5) + (s6 + s7)),
 
-of which a rank computes the parts it can, so that one process and several come to the same bits. The outputs of a
-layer are divided in units that one process, too, works on one at a time.
+of which a rank computes the parts it can, so that one process and several come to the same bits. A shard's
+sum is float64; finished ones wait, and are added, as float32: they are large, and made of float32 products. The outputs
+of a layer are divided in units that one process, too, works on one at a time.
 """
 
 import dataclasses
@@ -70,13 +71,13 @@ class ShardSum:
         self._ranks, self._count = ranks, count
         self._mine = ranks._shards
         self._nodes: dict[tuple[int, int], Tensor] = {}  # {(level, index): sum of shards index << level and on}
+        self._leaf: Tensor | None = None  # of the shard under way
         self._shard = self._mine.start
 
     def add(self, index: int, value: Tensor) -> None:
         """Take in what batch `index` adds."""
         self._finish(shard_of(index, self._count))
-        leaf = (0, self._shard)
-        self._nodes[leaf] = _added(self._nodes.get(leaf), value)
+        self._leaf = value.double() if self._leaf is None else self._leaf.add_(value)
 
     def total(self) -> Tensor | None:
         """The sum over all ranks; None when nobody had anything to add."""
@@ -89,6 +90,8 @@ class ShardSum:
         """All shards in front of `shard` are complete: join them with their siblings that are."""
         while self._shard < shard:
             level, index = 0, self._shard
+            if self._leaf is not None:
+                self._nodes[level, index], self._leaf = self._leaf.float(), None
             while index % 2 and (index - 1) << level >= self._mine.start:
                 joined = _joined(self._nodes.pop((level, index - 1), None), self._nodes.pop((level, index), None))
                 level, index = level + 1, index // 2
@@ -102,9 +105,7 @@ class ShardSum:
         return _joined(self._sum(level - 1, 2 * index), self._sum(level - 1, 2 * index + 1))
 
 
-def _added(total: Tensor | None, value: Tensor) -> Tensor:
-    return value if total is None else total.add_(value)
-
-
 def _joined(one: Tensor | None, other: Tensor | None) -> Tensor | None:
-    return one if other is None else _added(one, other)
+    if one is None or other is None:
+        return one if other is None else other
+    return one.add_(other)

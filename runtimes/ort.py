@@ -97,7 +97,9 @@ class OnnxRuntime(Runtime):
         options.intra_op_num_threads = self.threads
         if not self.optimize:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-            options.enable_cpu_mem_arena = False  # every weight is dequantized on the way: the arena would keep it
+            # Every weight is dequantized on the way: when its turn comes, not all at once, and no arena keeps it.
+            options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
+            options.enable_cpu_mem_arena = False
         if self.accuracy_level is not None:
             options.add_session_config_entry(ACCURACY_LEVEL, str(self.accuracy_level))
         return options

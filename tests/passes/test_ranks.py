@@ -43,11 +43,11 @@ def _tree(values: Sequence[Tensor | None]) -> Tensor | None:
 def test_the_sum_is_that_of_the_tree_to_the_bit(count: int) -> None:
     torch.manual_seed(count)
     values = [torch.randn(3, 3) * 10.0 ** torch.randint(-6, 6, ()) for _ in range(count)]
-    shards: list[Tensor | None] = [None] * SHARDS
+    sums64: list[Tensor | None] = [None] * SHARDS
     for index, value in enumerate(values):
-        before = shards[shard_of(index, count)]
-        shards[shard_of(index, count)] = value if before is None else before + value
-    expected = _tree(shards)
+        before = sums64[shard_of(index, count)]
+        sums64[shard_of(index, count)] = value.double() if before is None else before + value
+    expected = _tree([None if value is None else value.float() for value in sums64])
     for world in WORLDS:
         global BOARD
         sums = []
