@@ -113,7 +113,7 @@ def compile_command(model: Path | None, recipe: Path | None, verbose: bool, as_j
                 result = compile_path(job.model, job.recipe, progress=progress)
             if not (job.recipe.quiet or as_json):
                 show(render(result.report))
-                click.echo(f"\n{'up to date, nothing was done' if result.reused else 'written to'} {result.out}")
+                click.echo(f"\n{'up to date, nothing was done:' if result.reused else 'written to'} {result.out}")
             for message in result.messages:
                 click.echo(message, err=True)
             return result
