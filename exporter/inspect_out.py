@@ -11,9 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from exporter.errors import InputError
-from exporter.output import MANIFEST, file_sha256
+from exporter.output import MANIFEST, beside, file_sha256
 from exporter.render.text import count, decibels, gate_state, headline, metric, percent, size, verdict
 from exporter.report import LayerDiff, Report
+from passes.cache import count as kept_layers
 
 REPORT = "report.json"
 
@@ -30,6 +31,10 @@ class OutputState:
 def inspect_out(out: Path) -> OutputState:
     """Read the folder `out`. Raises InputError when it is not an output of qexport."""
     if not out.is_dir():
+        kept = kept_layers(beside(out, "cache"))
+        if kept:
+            what = f"not finished: a run was stopped when {kept} of its layers were quantized"
+            raise InputError(what, where=str(out), fix="give the same command again: it goes on from there")
         raise InputError("no such folder", where=str(out), fix="give what --out named")
     try:
         report = Report.from_json((out / REPORT).read_text(encoding="utf-8"))

@@ -142,7 +142,7 @@ class OutputFolder:
                 parent.rmdir()
 
     def _beside(self, kind: str) -> Path:
-        return self._out.parent / f".{self._out.name}.{kind}"
+        return beside(self._out, kind)
 
     def _is_about_folder(self, error: Exception) -> bool:
         name = error.filename if isinstance(error, OSError) else None
@@ -164,6 +164,11 @@ class OutputFolder:
     @property
     def _where(self) -> str:
         return f"--out {self._shown}"
+
+
+def beside(out: Path, kind: str) -> Path:
+    """What a run keeps beside its output folder."""
+    return out.parent / f".{out.name}.{kind}"
 
 
 def is_fault_of_disk(error: BaseException) -> bool:

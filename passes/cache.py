@@ -71,7 +71,12 @@ class Cache:
 
     def count(self) -> int:
         """How many layers are kept."""
-        return sum(1 for path in self.folder.glob("[!.]*")) if self.folder.is_dir() else 0
+        return count(self.folder)
+
+
+def count(folder: Path) -> int:
+    """How many layers are kept in a cache's folder."""
+    return sum(1 for path in folder.glob("[!.]*")) if folder.is_dir() else 0
 
 
 def first_key(what: object, graphs: Sequence[fx.GraphModule], batches: Sequence[Mapping[str, Tensor]]) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from exporter.compile import compile_path
 from exporter.errors import InputError
+from exporter.inspect_out import inspect_out
 from exporter.lock import locked
 from exporter.output import MANIFEST, OutputFolder
 from exporter.progress import Silent
@@ -22,6 +23,7 @@ from exporter.recipe import Recipe
 from passes.cache import Cache
 from passes.gptq import GPTQ
 from passes.graph import copy_graph
+from passes.weights import AffineWeight
 from tests.exporter.compiled import program_of
 from tests.passes.nets import seeded
 
@@ -173,3 +175,11 @@ def test_what_force_had_moved_aside_comes_back(tmp_path: Path) -> None:
         pass
     assert (tmp_path / "out" / MANIFEST).read_text(encoding="utf-8") == old.name
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_inspect_says_how_far_a_stopped_run_got(tmp_path: Path) -> None:
+    cache = Cache(tmp_path / ".out.cache", "1.0", print)
+    for name in ("a", "b"):
+        cache.put(name, AffineWeight(torch.zeros(1, 4, dtype=torch.int8), torch.ones(1, 1), None, 8, -1))
+    with pytest.raises(InputError, match=r"out: not finished: a run was stopped when 2 of its layers were quantized"):
+        inspect_out(tmp_path / "out")
