@@ -48,6 +48,7 @@ SIGNATURES = {
     b"\x1f\x8b": "a gzip archive",
 }
 STATE_DICT_KEYS = ("state_dict", "model_state_dict")
+MAX_LAYERS, MAX_ABSENT = 1000, 1 << 28  # what a configuration may ask for beyond what the weights' files hold
 SHOWN = 3  # names listed before the rest becomes a count
 
 HOW_TO_EXPORT = "export the eager model: torch.export.save(torch.export.export(model, example_inputs), 'model.pt2')"
@@ -359,17 +360,20 @@ def _from_pretrained(path: Path, model_class: Any, quantization: Settings | None
     from transformers.utils import logging as transformers_logging
 
     tensors, weights = _folder_tensors(path), {}
-    bars = transformers_logging.is_progress_bar_enabled()
+    bars, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # theirs is untyped
+    transformers_logging.set_verbosity(logging.CRITICAL)  # it logs tables about what our error says in a line
     try:
         config = model_class.config_class.from_pretrained(path, local_files_only=True)
         config.use_cache = False
+        vars(config).pop("quantization_config", None)
+        _check_layers(path, config.to_dict(), len(tensors))
+        with torch.device("meta"):
+            skeleton = model_class(config)
         if quantization is not None:
-            vars(config).pop("quantization_config", None)
-            with torch.device("meta"):
-                skeleton = model_class(config)
             quantized = read_quantized(path, quantization, tensors, skeleton)
             tensors, weights = quantized.tensors, quantized.weights
+        _check_parameters(path, skeleton, tensors)
         module, info = model_class.from_pretrained(
             None,
             config=config,
@@ -379,6 +383,7 @@ def _from_pretrained(path: Path, model_class: Any, quantization: Settings | None
             trust_remote_code=False,
             attn_implementation="sdpa" if model_class._supports_sdpa else "eager",
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are listed then, and refused below
         )
     except InputError:
         raise
@@ -389,13 +394,39 @@ def _from_pretrained(path: Path, model_class: Any, quantization: Settings | None
             fix="write it again with model.save_pretrained",
         ) from error
     finally:
+        transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]  # theirs is untyped
+    if other := sorted(str(name) for name, *_ in info["mismatched_keys"]):
+        raise InputError(
+            f"weights of another shape than in config.json: {_listed(other)}",
+            where=str(path),
+            fix="write it again with model.save_pretrained",
+        )
     if missing := sorted(info["missing_keys"]):
         raise InputError(
             f"weights are missing: {_listed(missing)}", where=str(path), fix="write it again with model.save_pretrained"
         )
     return Loaded("huggingface", path, module=module, weights=weights)
+
+
+def _check_layers(path: Path, config: Mapping[str, Any], tensors: int) -> None:
+    """Refuse a configuration of far more layers than there are tensors: building them could take for ever."""
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            _check_layers(path, value, tensors)
+        elif ("layer" in str(name) or "depth" in str(name)) and type(value) is int and value > MAX_LAYERS + tensors:
+            what = f"{name} is {value}, but there are {tensors} tensors"
+            raise InputError(what, where=str(path / "config.json"), fix="write it again with model.save_pretrained")
+
+
+def _check_parameters(path: Path, skeleton: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse a configuration of far more parameters than are stored: transformers makes room for the others."""
+    wanted = sum(parameter.numel() for parameter in skeleton.parameters())
+    stored = sum(tensor.numel() for tensor in tensors.values())
+    if wanted > MAX_ABSENT + 2 * stored:
+        what = f"config.json asks for {wanted} parameters, but {stored} are stored"
+        raise InputError(what, where=str(path), fix="write it again with model.save_pretrained")
 
 
 def _folder_tensors(path: Path) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """Each kind of MODEL is told by its bytes and loads to the same outputs; each bad input is one line with the way in."""
 
 import json
+import resource
 import sys
 import zipfile
 from collections.abc import Callable
@@ -399,7 +400,9 @@ def test_a_hugging_face_folder_loads_and_exports(
         ({"architectures": None}, "names no architectures"),
         ({"architectures": ["MyOwnModel"], "auto_map": {"AutoModel": "own.MyOwnModel"}}, "has no MyOwnModel"),
         ({"architectures": ["AutoTokenizer"]}, "has no AutoTokenizer"),
-        ({"hidden_size": 16}, "cannot load this folder"),
+        ({"hidden_size": 16}, "of another shape than in config.json"),
+        ({"vocab_size": 1 << 31}, "are stored"),
+        ({"num_hidden_layers": 1 << 40}, "num_hidden_layers is 1099511627776, but there are"),
         ({"num_hidden_layers": 2}, "weights are missing"),
     ],
 )
@@ -437,3 +440,52 @@ def test_errors_are_one_line_and_know_their_exit_code() -> None:
     assert str(QExportError("plain")) == "plain"
     assert "report it" in str(InternalError("a fault"))
     assert [kind("x").exit_code for kind in (QExportError, InternalError, InputError, TargetError)] == [1, 1, 2, 4]
+
+
+def test_an_archive_that_would_swell_is_refused_before_it_does(factories: str, tmp_path: Path) -> None:
+    stored, swollen = tmp_path / "stored", tmp_path / "swollen"
+    torch.save({"weight": torch.zeros(64 << 20, dtype=torch.uint8)}, stored)
+    with zipfile.ZipFile(stored) as source, zipfile.ZipFile(swollen, "w", zipfile.ZIP_DEFLATED) as target:
+        for name in source.namelist():
+            target.writestr(name, source.read(name))
+    assert swollen.stat().st_size < 1 << 20
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert "compressed members" in error_of(swollen, factory=f"{factories}:make")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 32 << 10  # kB; the tensor has twice as much
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_name_that_torch_would_search_for_minutes_is_refused(zipped: bool, factories: str, tmp_path: Path) -> None:
+    path, name = tmp_path / "model", b"[" * 200_000
+    save_module = torch.save
+    save_module(network(), path, _use_new_zipfile_serialization=zipped)
+    if zipped:
+        with zipfile.ZipFile(path) as source:
+            members = {member: source.read(member) for member in source.namelist()}
+        with zipfile.ZipFile(path, "w") as target:
+            for member, content in members.items():
+                target.writestr(member, b"\x80\x02c" + name + b"\nx\n." if member.endswith("data.pkl") else content)
+    else:
+        magic = path.read_bytes().index(b".") + 1
+        path.write_bytes(path.read_bytes()[:magic] + b"\x80\x02c" + name + b"\nx\n.")
+    assert "a name of" in error_of(path, factory=f"{factories}:make")
+
+
+def test_sizes_beyond_all_numbers_are_refused(factories: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    header = json.dumps({"weight": {"dtype": "F32", "shape": [10**30, 0], "data_offsets": [0, 0]}}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    assert "damaged" in error_of(path, factory=f"{factories}:make")
+    header = b'{"a":' * 100_000
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    assert "damaged" in error_of(path, factory=f"{factories}:make")
+
+
+def test_members_of_an_archive_cannot_leave_it(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "model.pt2"
+    path.parent.mkdir()
+    save_exported(network(), path)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("archive/../../escaped", b"here")
+    assert error_of(path)
+    assert sorted(file.name for file in tmp_path.rglob("*")) == ["folder", "model.pt2"]

@@ -154,3 +154,9 @@ def test_the_json_makes_the_same_recipe_again(tmp_path: Path) -> None:
     fields = {"gate": "gates", "input": "inputs", "trt-profile": "trt_profiles"}
     again = {fields.get(key, key.replace("-", "_")): value for key, value in recipe.to_json().items()}
     assert Recipe(**again) == recipe
+
+
+def test_toml_nested_too_deep_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text("gate = " + "[" * 100_000)
+    with pytest.raises(InputError, match="cannot be read as TOML"):
+        read_recipe({}, tmp_path / "recipe.toml")

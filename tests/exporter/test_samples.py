@@ -1,8 +1,10 @@
 """Where samples come from, what does not fit, and who sees which."""
 
+import io
 import json
 import sys
 import types
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from exporter import sample_files
 from exporter.capture import flatten
 from exporter.errors import InputError
 from exporter.recipe_values import InputSpec
@@ -346,3 +349,63 @@ def test_too_little_text_is_refused(tmp_path: Path, tokenizer_folder: Path) -> N
         load_samples(str(path), [Wanted("input_ids", (None, 3))], 512, tokenizer=tokenizer_folder)
     with pytest.raises(InputError, match="no tokenizer in"):
         load_samples(str(path), [Wanted("input_ids", (None, 3))], 512, tokenizer=tmp_path)
+
+
+# Damage, and what takes more than a file has bytes.
+
+
+def test_a_npz_that_would_swell_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "swollen.npz"
+    np.savez_compressed(path, x=np.zeros((1 << 20, 4), np.float32))
+    assert len(load_samples(str(path), WANTED, 10).values["x"]) == 10
+    monkeypatch.setattr(sample_files, "MAX_EXPANDED", 1 << 20)
+    with pytest.raises(InputError, match=r"damaged: \d+ bytes that expand to 16777344"):
+        load_samples(str(path), WANTED, 10)
+
+
+def test_a_npz_that_claims_more_than_it_holds_is_refused(tmp_path: Path) -> None:
+    path, content = tmp_path / "claims.npz", io.BytesIO()
+    np.lib.format.write_array_header_1_0(content, {"descr": "<f4", "fortran_order": False, "shape": (1 << 50, 4)})
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x.npy", content.getvalue() + bytes(64))
+    with pytest.raises(InputError, match=r"\[1125899906842624, 4\] of float32 are not its 64 bytes"):
+        load_samples(str(path), WANTED, 1)
+
+
+def test_a_pt_that_would_swell_is_refused(tmp_path: Path) -> None:
+    stored = save(tmp_path / "stored", "pt")
+    with zipfile.ZipFile(stored) as source, zipfile.ZipFile(tmp_path / "a", "w", zipfile.ZIP_DEFLATED) as target:
+        for name in source.namelist():
+            target.writestr(name, source.read(name))
+    with pytest.raises(InputError, match="compressed members"):
+        load_samples(str(tmp_path / "a"), WANTED, 1)
+
+
+def test_a_member_that_is_no_array_is_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a", "w") as archive:
+        archive.writestr("x.npy", b"nothing")
+    with pytest.raises(InputError, match="damaged"):
+        load_samples(str(tmp_path / "a"), WANTED, 1)
+
+
+def test_a_file_is_not_told_by_its_ending(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.safetensors", "pt")
+    assert torch.equal(load_samples(str(path), WANTED, 10).values["x"], X[:10])
+
+
+def test_members_that_point_elsewhere_write_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "a.npz"
+    path.parent.mkdir()
+    array = io.BytesIO()
+    np.save(array, X.numpy())
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("../x.npy", array.getvalue())
+    with pytest.raises(InputError, match="no input"):
+        load_samples(str(path), WANTED, 10)
+    assert sorted(file.name for file in tmp_path.rglob("*")) == ["a.npz", "folder"]
+
+
+def test_lines_nested_too_deep_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"a":' * 100_000)
+    with pytest.raises(InputError, match="--calib"):
+        load_samples(str(tmp_path / "a.jsonl"), WANTED, 10)
