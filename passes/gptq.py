@@ -266,15 +266,20 @@ def _unit_factor(reversed_hessians: Tensor, dead: Tensor, damp: float) -> Tensor
     diagonal.add_((diagonal == 0) * torch.where(mean > 0, mean, 1.0)[:, None])
     mean = torch.where(mean > 0, mean, 1.0)
     undamped = diagonal.clone()
-    upper = torch.empty_like(reversed_hessians)
+    upper = reversed_hessians  # all are pending at first
     pending = torch.arange(len(mean))
     while True:
         diagonal[pending] = undamped[pending] + damp * mean[pending, None]
-        part, info = torch.linalg.cholesky_ex(reversed_hessians[pending], upper=True)
+        everything = len(pending) == len(mean)  # then nothing is copied: these are the largest matrices there are
+        wanted = reversed_hessians if everything else reversed_hessians[pending]
+        part, info = torch.linalg.cholesky_ex(wanted, upper=True)
         # A pivot at the level of rounding noise divides what follows by noise.
         smallest = part.diagonal(dim1=-2, dim2=-1).square().amin(-1)
         good = (info == 0) & (smallest > torch.finfo(torch.float32).eps * mean[pending])
-        upper[pending] = part
+        if everything:
+            upper = part
+        else:
+            upper[pending] = part
         pending = pending[~good]
         if not len(pending):
             break

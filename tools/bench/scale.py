@@ -23,7 +23,7 @@ SIZES = {
     "10M": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 10},
     "100M": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8},
     "400M": {"hidden_size": 1536, "intermediate_size": 4096, "num_hidden_layers": 14},
-    "1.2B": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 24},
+    "1.2B": {"hidden_size": 2048, "intermediate_size": 4096, "num_hidden_layers": 29},
 }
 VOCABULARY = 4096
 SAMPLES, LENGTH = 40, 32
