@@ -194,7 +194,12 @@ def has_fused_form(weight: AffineWeight, *, integer: bool) -> bool:
         return False
     if weight.zero_point is None or (integer and weight.scale.shape[1] == 1):
         return True
-    return weight.bits > 3 and weight.shape[1] % weight.scale.shape[1] == 0
+    return weight.bits > 3 and has_whole_groups(weight)
+
+
+def has_whole_groups(weight: AffineWeight) -> bool:
+    """True when no row ends in a shorter group."""
+    return weight.scale.shape[1] == 1 or weight.shape[1] % weight.group_size == 0
 
 
 def signed_codes(weight: AffineWeight) -> tuple[Array, int]:

@@ -20,7 +20,7 @@ import onnx_ir as ir
 import torch
 
 from exporter.backends.tensorrt import packed
-from exporter.backends.tensorrt.dialect import TensorRTDialect, kind_of
+from exporter.backends.tensorrt.dialect import TensorRTDialect, has_whole_groups, kind_of
 from exporter.backends.tensorrt.plugin import INPUTS, NAMESPACE
 from exporter.backends.tensorrt.reference import add_functions
 from exporter.formats.int3_hqq import pack_codes
@@ -136,7 +136,7 @@ def int3_tensors(weight: AffineWeight, kind: packed.Kind) -> dict[str, Array] | 
     """The inputs of int3_linear or int3_linear_meta beside x and bias; None for weights that they do not take."""
     rows, columns = weight.shape
     groups = weight.scale.shape[1]
-    if weight.bits != 3 or weight.axis != 1 or columns % groups or columns // groups < SMALLEST_GROUP:
+    if weight.bits != 3 or weight.axis != 1 or not has_whole_groups(weight) or columns // groups < SMALLEST_GROUP:
         return None
     lowest = -4 if weight.zero_point is None else 0
     codes = pack_codes((weight.codes.to(torch.int16) - lowest).to(torch.uint8))
