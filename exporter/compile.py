@@ -202,7 +202,9 @@ def _compile(
     recipe = recipe.for_model(quantized=bool(loaded.weights))
     with threads(recipe.threads):
         clock.stage("capture")
-        backends = [backend_for(target, recipe.trt_arch, recipe.weights_as) for target in recipe.target]
+        backends = [
+            backend_for(target, recipe.trt_arch, recipe.weights_as, recipe.trt_flavor) for target in recipe.target
+        ]
         prepared = prepare(loaded, recipe, given)
         pipeline = Pipeline(recipe.parsed_passes, PASSES)
         damaged: list[str] = []
@@ -253,6 +255,7 @@ def _compile(
         model={"name": loaded.path.name, "kind": loaded.kind, "inputs": list(program.calibration.batches[0])},
         recipe=recipe.to_json(),
         environment={**versions(), "machine": platform.machine()},
+        engine=engine_facts(engine),
         calibration={
             "source": prepared.calibration.source,
             "samples": _count(prepared.calibration.batches),
@@ -316,6 +319,22 @@ def build(recipe: Recipe, folder: Path) -> tuple[EngineResult | None, list[str]]
         names = ", ".join(result.folded[:3]) + (" ..." if len(result.folded) > 3 else "")
         return result, [f"TensorRT folded {len(result.folded)} quantized weights back to float: {names}"]
     return result, []
+
+
+def engine_facts(engine: EngineResult | None) -> dict[str, Json]:
+    """What the report says of a finished engine: its bytes, and those of each layer's packed weight."""
+    if engine is None:
+        return {}
+    build = engine.build
+    return {
+        "flavor": build.flavor,
+        "version": build.version,
+        "engine_bytes": build.engine_bytes,
+        "weights_bytes": build.weights_bytes,
+        "scratch_bytes": build.scratch_bytes,
+        "layer_bytes": dict(engine.bytes),
+        "folded": list(engine.folded),
+    }
 
 
 def validate(

@@ -1,7 +1,6 @@
 """What this machine can do: what is installed, what runs, and what to install for the rest."""
 
 import ctypes
-import ctypes.util
 import dataclasses
 import importlib.util
 import os
@@ -13,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from exporter.backends.tensorrt.build import MODULES, available_flavor
+from exporter.nvrtc import DISTRIBUTION as NVRTC
 from exporter.versions import VERSION, installed
 
 CPUINFO = Path("/proc/cpuinfo")
@@ -141,10 +141,8 @@ def _tensorrt() -> Finding:
 
 
 def _nvrtc() -> Finding:
-    wheel = installed("nvidia-cuda-nvrtc-cu12", "nvidia-cuda-nvrtc-cu13", "nvidia-cuda-nvrtc")
+    wheel = installed(NVRTC)
     if wheel:
-        return Finding("NVRTC", wheel, True)
-    library = ctypes.util.find_library("nvrtc")
-    if library:
-        return Finding("NVRTC", library, True)
-    return Finding("NVRTC", "not installed", False, "pip install nvidia-cuda-nvrtc-cu12 for kernels of low-bit formats")
+        return Finding("NVRTC", f"{NVRTC} {wheel}", True)
+    fix = f"pip install {NVRTC}==12.1.105 for plugins of 3-bit and codebook weights on full TensorRT"
+    return Finding("NVRTC", f"{NVRTC} is not installed", False, fix)

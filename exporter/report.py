@@ -19,6 +19,8 @@
     sample_sums {outputs: {runtime: {output: sums}}, layers: {layer: sums}}
                 sums: {signal: [number], noise: [number], agreement: [number] or null}, an entry for each held-out
                 sample, or block of neighbours; see `exporter.sample_sums`
+    engine     {flavor, version, engine_bytes, weights_bytes (all constants), scratch_bytes, folded: [layer],
+                layer_bytes: {layer: its packed constants}} of a TensorRT engine, or {}
     histograms {layer: {weight | input | output: {low, high, before: [count], after: [count]}}}   of some of the worst
 
 `figures` are those of `exporter.metrics`: {sqnr_db, cosine, max_abs, mean_abs, top1_agreement, kl, nonfinite}.
@@ -264,6 +266,7 @@ class Report:
     sensitivity: tuple[LayerSensitivity, ...] = ()
     budget: Budget | None = None
     histograms: Mapping[str, Mapping[str, Histogram]] = dataclasses.field(default_factory=dict)
+    engine: Mapping[str, Json] = dataclasses.field(default_factory=dict)
 
     @property
     def gates_passed(self) -> bool:

@@ -1,13 +1,27 @@
 """Lowering targets: each folder turns a program into the files one runtime executes."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 from exporter.backends.base import Backend
 from exporter.backends.onnx_qdq.lower import OnnxBackend
+from exporter.backends.tensorrt.build import available_flavor
 from exporter.backends.tensorrt.lower import TensorRTBackend
 from exporter.lowering.lowered import WeightsAs
 
 
-def backend_for(target: str, arch: Sequence[str] = (), weights_as: WeightsAs = "auto") -> Backend:
-    """The backend of --target; `arch`: the GPUs a TensorRT engine is for, `weights_as`: how ONNX stores weights."""
-    return TensorRTBackend(tuple(arch)) if target == "trt" else OnnxBackend(weights_as)
+def backend_for(
+    target: str,
+    arch: Sequence[str] = (),
+    weights_as: WeightsAs = "auto",
+    flavor: Literal["auto", "tensorrt", "rtx"] = "auto",
+) -> Backend:
+    """The backend of --target.
+
+    `arch`: the GPUs a TensorRT engine is for; `flavor`: which TensorRT, for `auto` the one that works here; a bundle
+    that no TensorRT here can finish is for both. `weights_as`: how ONNX stores weights.
+    """
+    if target != "trt":
+        return OnnxBackend(weights_as)
+    plugins = flavor == "tensorrt" or (flavor == "auto" and available_flavor("auto") == "tensorrt")
+    return TensorRTBackend(tuple(arch), plugins)

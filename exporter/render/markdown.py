@@ -34,6 +34,7 @@ WORST_LAYERS = 10
 SKIPS_SHOWN = 20
 ROWS_SHOWN = 20
 CELL_WIDTH = 200
+ENGINE_FIGURES = ("flavor", "version", "engine_bytes", "weights_bytes", "scratch_bytes")
 """Limits that keep the text near 10 kB; a comment on GitHub holds 65536 characters."""
 
 
@@ -175,6 +176,8 @@ def _repeat(report: Report) -> str:
     lines += ["with the rules per layer of `recipe.layers` in report.json"] if report.recipe.get("layers") else []
     lines += [f"Calibration: {_cell(_text(source))}"] if source else []
     lines += [f"Made with {_cell(_text(environment))}"] if environment else []
+    engine = ", ".join(f"{key} {plain(report.engine[key])}" for key in ENGINE_FIGURES if key in report.engine)
+    lines += [f"TensorRT engine: {_cell(_text(engine))}"] if engine else []
     return "\n\n".join(["**Repeat**", *lines])
 
 

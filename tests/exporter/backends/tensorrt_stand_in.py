@@ -144,8 +144,8 @@ def stand_in() -> ModuleType:
         "nptype": lambda kind: kind,
     }
     empty = (
-        "IPluginV3 IPluginV3QuickCore IPluginV3QuickBuild IPluginV3QuickRuntime IPluginV3QuickAOTBuild ISymExpr ITensor "
-        "IPluginCreatorV3Quick"
+        "IPluginV3 IPluginV3QuickCore IPluginV3QuickBuild IPluginV3QuickRuntime IPluginV3QuickAOTBuild ISymExpr "
+        "ITensor IPluginCreatorV3Quick"
     )
     names |= {name: type(name, (Empty,), {}) for name in empty.split()}
 
