@@ -20,7 +20,7 @@ so it gets W - (z' - z) s to quantize with zero points z', and its codes are the
 """
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ from passes.base import PassError, Program
 from passes.graph import Layer
 from passes.hqq_solver import fit_levels
 from passes.walk import Walk
-from passes.weight_pass import HEAD_BITS, WeightPass, is_head, widths
+from passes.weight_pass import CodePass
 from passes.weights import AffineWeight, group_columns
 
 WIDTHS = (1, 2, 3, 4, 8)
@@ -42,7 +42,7 @@ SHORT_ZERO = 256.0
 
 
 @dataclasses.dataclass(frozen=True)
-class HQQ(WeightPass):
+class HQQ(CodePass):
     """Options of HQQ, and its pass.
 
     bits             1, 2, 3, 4 or 8
@@ -96,40 +96,25 @@ class HQQ(WeightPass):
             raise PassError(f"{self.name}: {option}={value} is not possible", fix=f"use {option}={listed}")
 
     def requires(self, program: Program) -> None:
-        """The target must be able to run the options."""
+        """The target must have zero points."""
         super().requires(program)
         if not program.rules.weight_zero_point:
             raise PassError(
                 f"target {program.rules.name} has no weights with zero points, which {self.name} needs",
                 fix="use gptq or rtn with symmetric=true",
             )
-        kinds = {layer.kind for layer in self._wanted(program)} - {"embedding"}
-        if kinds:
-            self.require_width(program, "bits", self.bits, *kinds)
 
-    def for_layer(self, program: Program, layer: Layer) -> "HQQ":
-        """Besides the recipe's options: the head's width, and no groups where the target has none."""
-        overrides = self.overrides(program, layer)
-        options = dataclasses.replace(self, **overrides)
-        if layer.kind == "embedding":
-            return dataclasses.replace(options, embeddings=overrides["bits"]) if "bits" in overrides else options
-        if "bits" in overrides:
-            self.require_width(program, "bits", options.bits, layer.kind)
-        elif options.bits < HEAD_BITS and is_head(program.graph, layer):
-            options = dataclasses.replace(options, bits=HEAD_BITS, group_size=-1, axis=1)
-        if layer.kind != "linear" and not program.rules.conv_groups:
-            options = dataclasses.replace(options, group_size=-1, axis=1)
+    @property
+    def per_channel(self) -> dict[str, Any]:
+        """The options of one scale for each output channel."""
+        return {"group_size": -1, "axis": 1}
+
+    def for_layer(self, program: Program, layer: Layer) -> Self:
+        """Besides what holds for every width: calibration data where GPTQ is asked for."""
+        options = super().for_layer(program, layer)
         if options.hessian and not program.calibration.batches:
             raise PassError(f"{self.name}:hessian=true needs calibration data", fix="give --calib")
         return options
-
-    def reason_to_skip(self, program: Program, layer: Layer) -> str:
-        """Besides what holds for every weight pass: the target must have the width."""
-        reason = super().reason_to_skip(program, layer)
-        bits = self.embeddings if layer.kind == "embedding" else self.bits
-        if reason or bits in widths(program, layer.kind):
-            return reason
-        return f"{program.rules.name} has no {bits}-bit weights for {layer.kind}"
 
     def quantize_layer(self, matrix: Tensor, layer: Layer, walk: Walk) -> AffineWeight:
         """quantize_weight with these options."""

@@ -7,7 +7,7 @@ front of a layer is quantized already, weights and activations, so a layer is fi
 
 import abc
 import dataclasses
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar, Self, get_args
 
 from torch import Tensor, fx
 
@@ -158,21 +158,64 @@ class WeightPass(Pass):
 
 
 @dataclasses.dataclass(frozen=True)
-class GridPass(WeightPass):
-    """A weight pass whose codes count steps of a grid; the options all of these have.
+class CodePass(WeightPass):
+    """A weight pass whose codes are of some width and share scales in groups.
 
-    bits          2, 3, 4 or 8
+    bits          width of the codes
     group_size    k: groups of k inputs (a layer with no more than k gets one group); -1: per output channel; 0: per
                   tensor
-    symmetric     no zero points
-    scale_search  minmax; mse: the range shrunk to the least squared error; hessian: the same, errors counted by their
-                  inputs' mean square, where the pass looks at inputs
 
     The output head keeps at least 8 bits, and is then per output channel, unless the recipe sets its bits by name.
     """
 
     bits: int
     group_size: int
+
+    def requires(self, program: Program) -> None:
+        """The target must have the width."""
+        super().requires(program)
+        kinds = {layer.kind for layer in self._wanted(program)} - {"embedding"}
+        if kinds:
+            self.require_width(program, "bits", self.bits, *kinds)
+
+    def for_layer(self, program: Program, layer: Layer) -> Self:
+        """Besides the recipe's options: the head's width, and no groups where the target has none."""
+        overrides = self.overrides(program, layer)
+        options = dataclasses.replace(self, **overrides)
+        if layer.kind == "embedding":
+            return dataclasses.replace(options, embeddings=overrides["bits"]) if "bits" in overrides else options
+        if "bits" not in overrides and options.bits < HEAD_BITS and is_head(program.graph, layer):
+            options = dataclasses.replace(options, bits=HEAD_BITS, **self.per_channel)
+        if layer.kind != "linear" and not program.rules.conv_groups and options.group_size > 0:
+            options = dataclasses.replace(options, **self.per_channel)
+        if "bits" in overrides:
+            self.require_width(program, "bits", options.bits, layer.kind)
+        return options
+
+    @property
+    def per_channel(self) -> dict[str, Any]:
+        """The options of one scale for each output channel."""
+        return {"group_size": -1}
+
+    def reason_to_skip(self, program: Program, layer: Layer) -> str:
+        """Besides what holds for every weight pass: the target must have the width."""
+        reason = super().reason_to_skip(program, layer)
+        bits = self.embeddings if layer.kind == "embedding" else self.bits
+        if reason or bits in widths(program, layer.kind):
+            return reason
+        return f"{program.rules.name} has no {bits}-bit weights for {layer.kind}"
+
+
+@dataclasses.dataclass(frozen=True)
+class GridPass(CodePass):
+    """A weight pass whose codes count steps of a grid; the options all of these have, besides those of CodePass.
+
+    bits          2, 3, 4 or 8
+    symmetric     no zero points
+    scale_search  minmax; mse: the range shrunk to the least squared error; hessian: the same, errors counted by their
+                  inputs' mean square, where the pass looks at inputs
+    """
+
     symmetric: bool
     scale_search: ScaleSearch
 
@@ -186,37 +229,12 @@ class GridPass(WeightPass):
             raise PassError(f"{self.name}: scale_search={self.scale_search} is no search", fix="use minmax or mse")
 
     def requires(self, program: Program) -> None:
-        """The target must be able to run the options."""
+        """The target must have zero points, if these are wanted."""
         super().requires(program)
         if not self.symmetric and not program.rules.weight_zero_point:
             raise PassError(
                 f"target {program.rules.name} has no weights with zero points", fix=f"{self.name}:symmetric=true"
             )
-        kinds = {layer.kind for layer in self._wanted(program)} - {"embedding"}
-        if kinds:
-            self.require_width(program, "bits", self.bits, *kinds)
-
-    def for_layer(self, program: Program, layer: Layer) -> "GridPass":
-        """Besides the recipe's options: the head's width, and no groups where the target has none."""
-        overrides = self.overrides(program, layer)
-        options = dataclasses.replace(self, **overrides)
-        if layer.kind == "embedding":
-            return dataclasses.replace(options, embeddings=overrides["bits"]) if "bits" in overrides else options
-        if "bits" not in overrides and options.bits < HEAD_BITS and is_head(program.graph, layer):
-            options = dataclasses.replace(options, bits=HEAD_BITS, group_size=-1)
-        if layer.kind != "linear" and not program.rules.conv_groups and options.group_size > 0:
-            options = dataclasses.replace(options, group_size=-1)
-        if "bits" in overrides:
-            self.require_width(program, "bits", options.bits, layer.kind)
-        return options
-
-    def reason_to_skip(self, program: Program, layer: Layer) -> str:
-        """Besides what holds for every weight pass: the target must have the width."""
-        reason = super().reason_to_skip(program, layer)
-        bits = self.embeddings if layer.kind == "embedding" else self.bits
-        if reason or bits in widths(program, layer.kind):
-            return reason
-        return f"{program.rules.name} has no {bits}-bit weights for {layer.kind}"
 
     def quantize_table(self, table: Tensor) -> QuantWeight:
         """On the pass's own grid."""
