@@ -102,8 +102,8 @@ def float_codes(b: Builder, name: str, codes: Array, bits: int, lowest: int, kin
     for width in (width for width in (2, 1) if bits & width):
         plane = pack_plane((codes.astype(np.uint8) >> below) & (2**width - 1), width)
         label = name if total is None else f"{name}_high"
-        table = unpacking_table(width).astype(np.int16) * 2**below + (lowest if total is None else 0)
-        part = b.op("Gather", b.constant("table", table.astype(kind)), byte_index(b, label, plane))
+        table = shared_table(b, width, 2**below, lowest if total is None else 0, kind)
+        part = b.op("Gather", table, byte_index(b, label, plane))
         part = reshaped(b, part, [rows, -1])
         total = part if total is None else b.op("Add", total, part)
         below += width
@@ -126,6 +126,18 @@ def unpacking_table(width: int) -> Array:
     """The codes [256, 8 / width] that each byte holds."""
     table: Array = (np.arange(256)[:, None] >> (width * np.arange(BYTE // width))) & (2**width - 1)
     return table
+
+
+def shared_table(b: Builder, width: int, factor: int, lowest: int, kind: Kind) -> ir.Value:
+    """The table of a plane's values, code factor + lowest; one for all layers, which an engine holds once."""
+    name = f"unpack.{width}.{factor}.{lowest}.{np.dtype(kind).name}"
+    known = b.model.graph.initializers.get(name)
+    if known is not None:
+        return known
+    tensor = ir.tensor((unpacking_table(width) * factor + lowest).astype(kind), name=name)
+    value = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    b.model.graph.register_initializer(value)
+    return value
 
 
 def codebook_matrix(b: Builder, weight: CodebookWeight, kind: Kind) -> ir.Value:
