@@ -56,6 +56,8 @@ INTEGERS_OUT = frozenset({"QLinearConv", "QGemm"})
 
 FED = "::fed"
 
+UNOPTIMIZED = OnnxRuntime(optimize=False)
+
 Values = dict[str, Array]
 
 
@@ -229,13 +231,16 @@ class _Optimized:
 
     def __init__(self, lowered: Lowered, runtime: OnnxRuntime, folder: Path) -> None:
         self._artifact, self._path = lowered.artifact, folder / "optimized_forced.onnx"
+        self._as_it_stands = dataclasses.replace(runtime, optimize=False)  # its kernels are those of its provider
         runtime.write_optimized(lowered.artifact, folder / "optimized.onnx")
         written, self._model = onnx.load(lowered.artifact.model), onnx.load(folder / "optimized.onnx")
         self._pairs = pair_values(written, self._model, lowered.taps)
         names = list(dict.fromkeys(pair.before for pair in self._pairs.values()))
         self._names = list(dict.fromkeys(pair.after for pair in self._pairs.values()))
         self._before = open_graph(written, self._artifact, names, {}, folder / "values.onnx")
-        self._after = open_graph(self._model, self._artifact, self._names, {}, folder / "optimized_values.onnx")
+        self._after = open_graph(
+            self._model, self._artifact, self._names, {}, folder / "optimized_values.onnx", self._as_it_stands
+        )
         self._forced: Session | None = None
 
     def compare(self, batch: Batch) -> tuple[Values, Values, Values]:
@@ -245,7 +250,7 @@ class _Optimized:
         known = {name: pair for name, pair in self._pairs.items() if _alike(pair, before, after)}
         given = {pair.after: pair.turned(before[pair.before]) for pair in known.values()}
         if self._forced is None:
-            self._forced = open_graph(self._model, self._artifact, self._names, given, self._path)
+            self._forced = open_graph(self._model, self._artifact, self._names, given, self._path, self._as_it_stands)
         fed = {f"{name}{FED}": value for name, value in given.items() if f"{name}{FED}" in self._forced.inputs}
         alone = self._forced.run({**feeds, **fed})
         return (
@@ -291,7 +296,12 @@ def pair_values(written: onnx.ModelProto, optimized: onnx.ModelProto, taps: Mapp
 
 
 def open_graph(
-    model: onnx.ModelProto, artifact: Artifact, names: Sequence[str], fed: Mapping[str, Array], path: Path
+    model: onnx.ModelProto,
+    artifact: Artifact,
+    names: Sequence[str],
+    fed: Mapping[str, Array],
+    path: Path,
+    runtime: OnnxRuntime = UNOPTIMIZED,
 ) -> Session:
     """The graph run as it stands, `names` among its outputs; whoever reads a value of `fed` reads an input instead.
 
@@ -316,7 +326,7 @@ def open_graph(
     onnx.save(changed, path, save_as_external_data=big)
     every = (*artifact.inputs, *(f"{name}{FED}" for name in inputs))
     outputs = tuple(dict.fromkeys((*artifact.outputs, *names)))
-    return OnnxRuntime(optimize=False).load(Artifact("onnxruntime", path, every, outputs))
+    return runtime.load(Artifact("onnxruntime", path, every, outputs))
 
 
 def number(tensor: onnx.TensorProto) -> float:
