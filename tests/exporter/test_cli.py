@@ -252,7 +252,7 @@ def test_help_shows_commands_and_the_options_of_compile(capsys: pytest.CaptureFi
     ("args", "said"),
     [
         (["model.pt", "--pases", "cle"], "No such option '--pases'"),
-        (["--passes", "cle"], 'no MODEL'),
+        (["--passes", "cle"], "no MODEL"),
         (["model.pt", "other.pt"], "unexpected extra argument"),
         (["model.pt", "--seed", "x"], "'x' is not a valid integer"),
         (["passes", "gptq", "rtn"], "unexpected extra argument"),
