@@ -5,6 +5,8 @@ clean, so nothing is lost, and the next read brings them in again. Whoever is do
 releases it. With a limit, results and activations are moved into scratch files and mapped likewise.
 """
 
+import contextlib
+import ctypes
 import math
 import mmap
 import tempfile
@@ -21,6 +23,9 @@ from torch import Tensor
 
 ACTIVATIONS_SHARE = 4
 """Activations waiting for their readers may take one in this many parts of the limit; past that they go to disk."""
+
+M_MMAP_THRESHOLD = -3
+LARGE_BLOCK = 1 << 20
 
 _MAPPINGS: "weakref.WeakValueDictionary[int, mmap.mmap]" = weakref.WeakValueDictionary()
 """{address: mapping} of every file mapped here: what tells a mapped tensor from any other."""
@@ -57,6 +62,15 @@ def _release(start: int, length: int) -> None:
             break
 
 
+def free_at_once() -> None:
+    """Have the C library give back large blocks when they are freed, for the price of new pages for the next ones.
+
+    glibc keeps freed blocks of up to 32 MB for itself, and a heap of them in between which little else lies.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
+
+
 def is_mapped(tensor: Tensor) -> bool:
     """True when the tensor's values lie in a file mapped here."""
     start = tensor.data_ptr()
@@ -71,6 +85,8 @@ class Memory:
 
     def __init__(self, limit: int = 0, folder: Path | None = None) -> None:
         self.limit, self._folder = limit, folder
+        if limit:
+            free_at_once()
 
     @property
     def activations(self) -> float:
