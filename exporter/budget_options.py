@@ -176,5 +176,5 @@ def _noises(base: Program, twins: Mapping[str, Layer], computes: Mapping[str, Co
 
 def calibration_batches(program: Program) -> list[Batch]:
     """The first SAMPLES calibration samples, few at a time."""
-    small = [part for batch in program.calibration.batches for part in cut(batch, LAYER_BATCH)]
+    small: list[Batch] = [part for batch in program.calibration.batches for part in cut(batch, LAYER_BATCH)]
     return small[: SAMPLES // LAYER_BATCH]

@@ -177,7 +177,7 @@ def _fitting(file: onnx.ModelProto, batches: Sequence[Batch], path: Path) -> lis
     fixed = next((size for size in sizes if size), None)
     if fixed is None:
         return list(batches)
-    whole = [small for batch in batches for small in cut(batch, fixed)]
+    whole: list[Batch] = [small for batch in batches for small in cut(batch, fixed)]
     if any(len(next(iter(batch.values()))) != fixed for batch in whole):
         count = sum(len(next(iter(batch.values()))) for batch in batches)
         what = f"takes batches of {fixed}, which {count} held-out samples do not make up"
@@ -213,4 +213,4 @@ def _bytes_of(file: onnx.ModelProto, path: Path) -> int:
     beside = {
         entry.value for tensor in file.graph.initializer for entry in tensor.external_data if entry.key == "location"
     }
-    return path.stat().st_size + sum((path.parent / name).stat().st_size for name in beside)
+    return path.stat().st_size + sum((path.parent / str(name)).stat().st_size for name in beside)

@@ -77,6 +77,7 @@ class DoRALinear(nn.Module):
         self.lora_b = nn.Parameter(adapter.lora_b.clone())  # [out, rank]
         self.magnitude = nn.Parameter(adapter.magnitude.clone())  # [out]
         self.register_buffer("weight", base.dequantize(), persistent=False)  # [out, in]
+        self.bias: Tensor | None
         self.register_buffer("bias", bias)
 
     def adapter(self) -> Adapter:

@@ -1,5 +1,6 @@
 """compile_model leaves the caller's module as it was."""
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -24,9 +25,8 @@ def test_modes_and_statistics_stay_whether_or_not_it_succeeds(tmp_path: Path, pa
     modes = [part.training for part in module.modules()]
     values = {name: value.clone() for name, value in module.state_dict().items()}
     x = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
-    try:
+    refused = pytest.raises(InputError, match="bits=5") if "bits=5" in passes else contextlib.nullcontext()
+    with refused:
         qexport.compile_model(module, {"input": x}, Recipe(passes=passes), out=tmp_path / "out")
-    except InputError as error:
-        assert "bits=5" in str(error)
     assert [part.training for part in module.modules()] == modes
     assert all(torch.equal(value, values[name]) for name, value in module.state_dict().items())
