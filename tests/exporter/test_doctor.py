@@ -24,7 +24,6 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Finding]
 
         monkeypatch.setattr(doctor, "installed", version)
         monkeypatch.setattr(doctor.importlib.util, "find_spec", spec)
-        monkeypatch.setattr(doctor.ctypes.util, "find_library", lambda name: None)
         monkeypatch.setattr(doctor, "available_flavor", lambda flavor_asked: flavor)
         monkeypatch.setattr(doctor, "_cpu_flags", lambda: frozenset(flags.split()))
         monkeypatch.setattr(doctor.platform, "machine", lambda: arch)

@@ -74,7 +74,7 @@ class TensorRTDialect(Dialect):
         scale, group_size = numpy_of(weight.scale), group_size_of(weight)
         rest = None
         if weight.zero_point is not None:
-            rest = ((middle - numpy_of(weight.zero_point)) * scale).T
+            rest = numpy_of((middle - weight.zero_point) * weight.scale).T
         if group_size < 0 and is_int4(codes, bits):
             scale, group_size = repeat_channel_scale(scale, weight.shape[1])
         matrix, kind = matrix_of(b, codes, scale, bits, group_size, inputs_axis=0)

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 from torch import Tensor
 
 from exporter.lowering.to_onnx import Array, Builder, numpy_of, packed_int4
@@ -78,10 +79,10 @@ def affine_matrix_of_meta(b: Builder, name: str, weight: AffineWeight, kind: Kin
     middle = MIDDLE if weight.zero_point is not None else 0
     codes = numpy_of(weight.codes).astype(np.int16).reshape(-1) - middle
     blocks = np.pad(codes, (0, groups * group - count)).reshape(groups, group).astype(np.int8)
-    scale = numpy_of(weight.scale).reshape(groups)
+    scale = weight.scale.numpy().reshape(groups)
     value = b.op("DequantizeLinear", b.constant(name, blocks), b.constant(f"{name}_scale", scale.astype(kind)), axis=0)
     if weight.zero_point is not None:
-        shift = (middle - numpy_of(weight.zero_point).reshape(groups)) * scale
+        shift = (middle - weight.zero_point.numpy().reshape(groups)) * scale
         value = b.op("Add", value, b.constant(f"{name}_shift", shift.astype(kind).reshape(groups, 1)))
     value = reshaped(b, value, [groups * group])
     return value if count == groups * group else cut(b, value, count, 0)
@@ -100,7 +101,7 @@ def float_codes(b: Builder, name: str, codes: Array, bits: int, lowest: int, kin
     total: ir.Value | None = None
     below = 0
     for width in (width for width in (2, 1) if bits & width):
-        plane = pack_plane((codes.astype(np.uint8) >> below) & (2**width - 1), width)
+        plane = pack_plane((codes.astype(np.uint8) >> np.uint8(below)) & np.uint8(2**width - 1), width)
         label = name if total is None else f"{name}_high"
         table = shared_table(b, width, 2**below, lowest if total is None else 0, kind)
         part = b.op("Gather", table, byte_index(b, label, plane))
@@ -111,20 +112,20 @@ def float_codes(b: Builder, name: str, codes: Array, bits: int, lowest: int, kin
     return total if columns % BYTE == 0 else cut(b, total, columns, 1)
 
 
-def pack_plane(codes: Array, width: int) -> Array:
+def pack_plane(codes: NDArray[np.uint8], width: int) -> NDArray[np.uint8]:
     """Codes [rows, columns] of `width` bits -> uint8 [rows, whole bytes], the first in the lowest bits.
 
     Rows are filled up to a multiple of 8 codes, so that all planes of a weight are equally long.
     """
     padded = np.pad(codes, ((0, 0), (0, -codes.shape[1] % BYTE)))
     pieces = padded.reshape(len(codes), -1, BYTE // width) << (width * np.arange(BYTE // width, dtype=np.uint8))
-    packed: Array = np.bitwise_or.reduce(pieces, axis=2).astype(np.uint8)
+    packed: NDArray[np.uint8] = np.bitwise_or.reduce(pieces, axis=2).astype(np.uint8)
     return packed
 
 
-def unpacking_table(width: int) -> Array:
+def unpacking_table(width: int) -> NDArray[np.int64]:
     """The codes [256, 8 / width] that each byte holds."""
-    table: Array = (np.arange(256)[:, None] >> (width * np.arange(BYTE // width))) & (2**width - 1)
+    table: NDArray[np.int64] = (np.arange(256)[:, None] >> (width * np.arange(BYTE // width))) & (2**width - 1)
     return table
 
 
@@ -135,7 +136,9 @@ def shared_table(b: Builder, width: int, factor: int, lowest: int, kind: Kind) -
     if known is not None:
         return known
     tensor = ir.tensor((unpacking_table(width) * factor + lowest).astype(kind), name=name)
-    value = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    value = ir.Value(
+        name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor
+    )
     b.model.graph.register_initializer(value)
     return value
 
@@ -144,7 +147,8 @@ def codebook_matrix(b: Builder, weight: CodebookWeight, kind: Kind) -> ir.Value:
     """The float matrix [out, in]: the entries that the codes pick, added up and scaled."""
     outs, ins, count = weight.codes.shape
     _, entries, og, ig = weight.codebooks.shape
-    index = code_index(b, CODES, numpy_of(weight.codes).reshape(outs, ins * count), weight.codebook_bits)
+    codes = numpy_of(weight.codes).astype(np.int32).reshape(outs, ins * count)
+    index = code_index(b, CODES, codes, weight.codebook_bits)
     index = reshaped(b, index, [outs, ins, count])
     if count > 1:  # all codebooks as one, each behind the other
         offsets = (np.arange(count) * entries).astype(np.int32).reshape(1, 1, count)
@@ -184,7 +188,7 @@ def from_tables(b: Builder, name: str, values: Array, bits: int, kind: Kind) -> 
     return b.op("Gather", b.constant(f"{name}_table", tables.astype(kind).reshape(-1)), index)
 
 
-def code_index(b: Builder, name: str, codes: Array, bits: int) -> ir.Value:
+def code_index(b: Builder, name: str, codes: NDArray[np.int32], bits: int) -> ir.Value:
     """Codes [rows, columns] of up to 16 bits as int32 indices."""
     low = byte_index(b, name, codes & (2**BYTE - 1))
     if bits <= BYTE:

@@ -78,7 +78,7 @@ def _register(trtp: Any, name: str, folder: Path, kernel_sets: Mapping[str, Any]
     text = str | bytes
     _sign(describe, {**tensors, **attributes}, trtp.TensorDesc)
     _sign(autotune, {**tensors, **attributes, "outputs": None}, list[trtp.AutoTuneCombination])
-    result = tuple[text, text, trtp.KernelLaunchParams, trtp.SymExprs]  # type: ignore[valid-type,name-defined]  # values
+    result = tuple[text, text, trtp.KernelLaunchParams, trtp.SymExprs]
     _sign(launch, {**tensors, **attributes, "outputs": None, "tactic": int}, result)
     trtp.register(identifier, lazy_register=lazily)(describe)
     trtp.autotune(identifier)(autotune)

@@ -48,6 +48,7 @@ class PluginDialect(TensorRTDialect):
         weight, kind = node.weight, half_of(kind_of(node))
         if node.integer("integer"):
             return super().linear(b, node)
+        tensors: dict[str, Array] | None
         if isinstance(weight, CodebookWeight):
             tensors, plugin = codebook_tensors(weight, kind), "codebook_linear"
         else:

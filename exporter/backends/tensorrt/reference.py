@@ -142,7 +142,9 @@ def add_functions(model: ir.Model, plugin: str) -> None:
         if name in (plugin, *CALLED[plugin]):
             identifier = (DOMAIN, name, "")
             if identifier not in model.functions:
-                model.functions[identifier] = ir.from_proto(onnx.parser.parse_function(f"{HEAD}\n{head} {{{body}}}"))
+                model.functions[identifier] = ir.serde.deserialize_function(
+                    onnx.parser.parse_function(f"{HEAD}\n{head} {{{body}}}")
+                )
     model.opset_imports[DOMAIN] = 1
 
 

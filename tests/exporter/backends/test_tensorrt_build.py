@@ -369,6 +369,7 @@ def test_library_that_logs_no_table_is_asked_through_its_inspector(
     inspector.get_engine_information.return_value = "Layers:\nName: a, LayerType: gemm"
     monkeypatch.setitem(sys.modules, "tensorrt", trt)
     request = {"module": "tensorrt", "model": "m", "engine": str(tmp_path / "e"), "arch": [], "profiles": {}}
+    request["plugins"] = None
     result = builder.build(request)
     assert result["layer_table"] == "Layers:\nName: a, LayerType: gemm"
     assert result["version"] == "11.4"

@@ -31,7 +31,7 @@ from exporter.lowering.lowered import Lowered
 from passes.act_quant import ActQuant
 from passes.base import Program
 from passes.fold_bn import FoldBatchNorm
-from passes.weights import CodebookWeight
+from passes.weights import AffineWeight, CodebookWeight
 from tests.exporter.backends.tensorrt_stand_in import (
     DataType,
     Dimension,
@@ -147,9 +147,10 @@ def test_a_convolution_of_codebooks_has_its_weight_decoded_in_front(tmp_path: Pa
 
 
 def test_what_plugins_do_not_take_stays_in_native_layers(tmp_path: Path) -> None:
-    wide = affine(3, 64)(ROWS, COLUMNS, torch.Generator().manual_seed(0))
-    assert int3_tensors(affine(3, 2)(ROWS, COLUMNS, torch.Generator()), np.dtype(np.float16)) is None
-    assert int3_tensors(wide, np.dtype(ml_dtypes.bfloat16)) is not None
+    for group_size, taken in ((64, True), (2, False), (72, False)):
+        weight = affine(3, group_size)(ROWS, COLUMNS, torch.Generator().manual_seed(0))
+        assert isinstance(weight, AffineWeight)
+        assert (int3_tensors(weight, np.dtype(ml_dtypes.bfloat16)) is not None) is taken
     for index, make in enumerate([affine(4, 64), affine(3, 32, axis=0), affine(2, 64), affine(3, 72)]):
         folder = tmp_path / str(index)
         folder.mkdir()
@@ -180,7 +181,8 @@ def test_wide_codes_are_bytes_with_the_low_one_first() -> None:
     weight = codebooks(2, 12, 8)(4, 16, torch.Generator().manual_seed(0))
     assert isinstance(weight, CodebookWeight)
     stored = codebook_tensors(weight, np.dtype(np.float16))["codes"]
-    assert (stored.shape, stored.dtype) == ((4, 2, 4), np.int8)
+    assert stored.shape == (4, 2, 4)
+    assert stored.dtype == np.int8
     whole = stored.view(np.uint8).astype(np.int32).reshape(4, 2, 2, 2)
     np.testing.assert_array_equal(whole[..., 0] + 256 * whole[..., 1], weight.codes.numpy())
 
