@@ -1,0 +1,60 @@
+"""Codebooks beside 3-bit grids by the width of a layer: python -m tools.bench.lowbit_layer [--rows GLOB]
+
+The layer problem of tools.bench.problem, square. Relative layer error tr(E H E^T) / tr(W H W^T), CPU seconds on one
+thread, and bits a weight from the bytes that the checkpoint stores: a codebook costs the same in every layer, so narrow
+ones pay more for it a weight.
+"""
+
+import argparse
+import fnmatch
+import time
+from collections.abc import Callable
+
+import torch
+
+from exporter.formats import pack_smallest
+from passes import aq, gptq, hqq
+from passes.weights import QuantWeight
+from tools.bench.problem import LayerProblem, layer_problem
+
+RIVALS: dict[str, Callable[[LayerProblem], QuantWeight]] = {
+    "hqq 3b g64": lambda problem: hqq.quantize_weight(problem.weight, hqq.HQQ(bits=3, group_size=64)),
+    "hqq 3b g64, hessian": lambda problem: hqq.quantize_weight(
+        problem.weight, hqq.HQQ(bits=3, group_size=64), problem.hessian
+    ),
+    "gptq 2b g64": lambda problem: gptq.quantize_weight(
+        problem.weight, problem.hessian, gptq.GPTQ(bits=2, group_size=64)
+    ),
+    "gptq 3b g64": lambda problem: gptq.quantize_weight(
+        problem.weight, problem.hessian, gptq.GPTQ(bits=3, group_size=64)
+    ),
+    "gptq 3b g128": lambda problem: gptq.quantize_weight(
+        problem.weight, problem.hessian, gptq.GPTQ(bits=3, group_size=128)
+    ),
+    "aq 1x8 g8": lambda problem: aq.quantize_weight(problem.weight, problem.hessian, aq.AQ(num_codebooks=1)),
+    "aq 2x8 g8": lambda problem: aq.quantize_weight(problem.weight, problem.hessian, aq.AQ()),
+}
+
+
+def main() -> None:
+    """Measure, print."""
+    parser = argparse.ArgumentParser(description="low-bit formats on one layer: error, bits, seconds")
+    parser.add_argument("--sizes", default="256,512,1024", help="sizes of the square layer problems")
+    parser.add_argument("--rows", default="*", help="names of the rows to run, a glob")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    print("| size | weights | bits a weight | error | s |\n|---|---|---|---|---|")
+    for size in map(int, arguments.sizes.split(",")):
+        problem = layer_problem(size, arguments.seed)
+        for name in fnmatch.filter(RIVALS, arguments.rows):
+            start = time.process_time()
+            weight = RIVALS[name](problem)
+            seconds = time.process_time() - start
+            bits = pack_smallest(weight)[1].bits_per_weight
+            error = problem.error(weight.dequantize())
+            print(f"| {size} | {name} | {bits:.2f} | {error:.5f} | {seconds:.1f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""Low-bit weight formats side by side on the language model: python -m tools.bench.lowbit_lm [--rows GLOB]
+
+Every row is a compilation by qexport.compile_model for onnxruntime, with the committed calibration text; embeddings and
+head stay in float, so that rows differ by the 24 linear layers alone.
+
+perplexity   per byte over the held-out windows, of the quantized network in eager torch and of the file in onnxruntime
+             as shipped, and the latter's increase over float
+KL           mean divergence of the file's next-byte distribution from the float network's, over the same windows
+bits         a weight of those layers takes, codebooks, scales and adapters included: 8 (size of the file - size of the
+             float file + 4 bytes a weight) / weights
+ratio        times as fast as the float file, in turns, one sequence, one thread: of 1 byte and of 128
+load, run    MB by which loading the file, and then one run of 128 bytes, raise the peak of a process of their own
+seconds      of the passes
+"""
+
+import argparse
+import fnmatch
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import qexport
+from exporter.bench import bench
+from tools.data import LM_TEST_FILE, lm_calibration
+from tools.models import CONTEXT, load_reference
+
+FLOAT = "none"
+
+ROWS = {
+    "float": FLOAT,
+    "rtn 3b g64": "rtn:bits=3:group_size=64",
+    "hqq 3b g64": "hqq:bits=3:group_size=64",
+    "hqq 3b g64, qdora": "hqq:bits=3:group_size=64,qdora:rank=16",
+    "gptq 3b g64": "gptq:bits=3:group_size=64",
+    "aq 2x8 g8": "aq",
+    "aq 2x8 g8, qdora": "aq,qdora:rank=16",
+    "hqq 3b g64, hessian": "hqq:bits=3:group_size=64:hessian=true",
+    "gptq 2b g64": "gptq:bits=2:group_size=64",
+    "gptq 2b g64, qdora": "gptq:bits=2:group_size=64,qdora:rank=16",
+    "aq 1x8 g8": "aq:num_codebooks=1",
+    "hqq 3b g64, axis 0": "hqq:bits=3:group_size=64:axis=0",
+}
+"""Name: passes."""
+
+KEPT_FLOAT = ("embed_*", "lm_head")
+
+HEADINGS = (
+    "weights",
+    "perplexity eager",
+    "onnxruntime",
+    "increase %",
+    "KL",
+    "bits, checkpoint",
+    "bits, ONNX",
+    "ratio, 1",
+    "ratio, 128",
+    "load, run MB",
+    "seconds",
+)
+
+PROCESS = """
+import json, sys
+from pathlib import Path
+import numpy as np
+from runtimes.base import Artifact
+from runtimes.ort import OnnxRuntime, _import
+_import()
+def memory(kind):
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(kind))
+    return 1024 * int(line.split()[1])
+before = memory("VmRSS")
+session = OnnxRuntime(threads=1).load(Artifact("onnxruntime", Path(sys.argv[1]), ("tokens",), ("output",)))
+loaded = memory("VmHWM")
+session.run({"tokens": np.ones((1, int(sys.argv[2])), np.int64)})
+print(json.dumps([loaded - before, memory("VmHWM") - before]))
+"""
+
+
+def log_probabilities(predict: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
+    """Of the next byte, [windows, length, 256], for tokens [windows, length]."""
+    return torch.cat([predict(part).log_softmax(-1) for part in tokens.split(16)])
+
+
+def peaks(model: Path) -> tuple[float, float]:
+    """MB that loading the file, and loading and running it, take in a process of their own."""
+    command = [sys.executable, "-c", PROCESS, str(model), str(CONTEXT)]
+    loaded, run = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    return loaded / 1e6, run / 1e6
+
+
+class Table:
+    """The rows, measured one after the other beside the float row, which comes first."""
+
+    def __init__(self, model: nn.Module, folder: Path, rounds: int) -> None:
+        self.model, self.folder, self.rounds = model, folder, rounds
+        self.tokens = load_file(LM_TEST_FILE)["tokens"][:, :-1].contiguous()
+        with torch.no_grad():
+            self.expected = log_probabilities(model, self.tokens)
+        self.twin = folder / "float"
+        names = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)} - {"lm_head"}
+        self.weights = sum(int(model.get_parameter(f"{name}.weight").numel()) for name in names)
+
+    def compile(self, passes: str, out: Path) -> qexport.Report:
+        """Into the folder `out`."""
+        samples = lm_calibration()
+        recipe = qexport.Recipe(
+            passes=passes,
+            skip=KEPT_FLOAT,
+            dynamic={"tokens": {0: "batch", 1: "length"}},
+            eval="tools.data:lm_perplexity",
+            threads=1,
+        )
+        return qexport.compile_model(
+            self.model, {"tokens": samples["tokens"][:2]}, recipe, calibration=samples, out=out
+        )
+
+    def row(self, name: str, passes: str) -> tuple[list[str], list[str]]:
+        """The cells, and remarks on layers that a pass left alone."""
+        out = self.twin if passes == FLOAT else self.folder / name
+        report = self.compile(passes, out)
+        measured = report.metrics["perplexity"]
+        reference, eager, shipped = (measured[run] for run in ("reference", "eager_quantized", "onnxruntime"))
+        assert reference is not None
+        assert shipped is not None
+        timings = json.loads((out / "timings.json").read_text())
+        cells = [name, f"{eager:.4f}", f"{shipped:.4f}", f"{100 * (shipped / reference - 1):+.2f}"]
+        cells += [f"{self.divergence(out):.5f}"]
+        cells += [f"{self.bits(out, file):.2f}" for file in ("model.safetensors", "model.onnx")]
+        cells += [f"{ratio:.2f}" for ratio in self.ratios(out)]
+        cells += [", ".join(f"{peak:.0f}" for peak in peaks(out / "model.onnx"))]
+        cells += [f"{sum(timings['seconds'].get(record.name, 0.0) for record in report.passes):.1f}"]
+        skips = [
+            f"{name}: {record.name} left {skip.node} alone: {skip.why}"
+            for record in report.passes
+            for skip in record.skipped
+            if "by the recipe" not in skip.why
+        ]
+        return cells, skips
+
+    def divergence(self, out: Path) -> float:
+        """Mean KL divergence of the file's distributions from the float network's."""
+        loaded = qexport.load(out)
+
+        def predict(tokens: Tensor) -> Tensor:
+            (logits,) = loaded.run({"tokens": tokens}).values()
+            return torch.from_numpy(logits)
+
+        found = log_probabilities(predict, self.tokens)
+        return float((self.expected.exp() * (self.expected - found)).sum(-1).mean())
+
+    def bits(self, out: Path, file: str) -> float:
+        """Bits a weight of the linear layers."""
+        rest = (self.twin / file).stat().st_size - 4 * self.weights
+        return 8 * ((out / file).stat().st_size - rest) / self.weights
+
+    def ratios(self, out: Path) -> list[float]:
+        """Times as fast as the float file, on 1 byte and on a whole window."""
+        found: list[float] = []
+        for length in (1, CONTEXT):
+            measured = bench(
+                out,
+                batches=[1],
+                length=length,
+                threads=1,
+                rounds=self.rounds,
+                float_model=self.twin / "model.onnx",
+            )
+            found += [timing.ratio for timing in measured.timings]
+        return found
+
+
+def chosen(pattern: str) -> Sequence[str]:
+    """Names of the rows that the glob names, and float."""
+    return [name for name, passes in ROWS.items() if passes == FLOAT or fnmatch.fnmatchcase(name, pattern)]
+
+
+def main() -> None:
+    """Parse, measure, print."""
+    parser = argparse.ArgumentParser(description="low-bit weight formats on the language model")
+    parser.add_argument("--rows", default="*", help="names of the rows to run, a glob; float always runs")
+    parser.add_argument("--rounds", type=int, default=50)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    print(f"| {' | '.join(HEADINGS)} |\n|{'---|' * len(HEADINGS)}")
+    remarks: list[str] = []
+    with tempfile.TemporaryDirectory() as folder:
+        table = Table(load_reference("opt_lm"), Path(folder), arguments.rounds)
+        for name in chosen(arguments.rows):
+            cells, skips = table.row(name, ROWS[name])
+            remarks += skips
+            print(f"| {' | '.join(cells)} |", flush=True)
+    for remark in remarks:
+        print(remark)
+
+
+if __name__ == "__main__":
+    main()
