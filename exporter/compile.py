@@ -14,19 +14,16 @@ from torch import Tensor, fx, nn
 
 from exporter.backends import backend_for
 from exporter.backends.base import Backend, LoweringError
-from exporter.backends.tensorrt.build import BuildError, available_flavor
-from exporter.backends.tensorrt.bundle import EngineResult, finish
+from exporter.backends.tensorrt.bundle import EngineResult
 from exporter.backends.tensorrt.lower import TensorRTBackend
 from exporter.budget import fit_budget, shortfall
 from exporter.capture import capture
-from exporter.causes import explain, worth_a_look
 from exporter.checkpoint import save_checkpoint
+from exporter.engine import build_engine, engine_facts
 from exporter.errors import InputError, InternalError, TargetError
-from exporter.evidence import gather
 from exporter.foreign.adopt import adopt
 from exporter.gates import GATE_FAILED, evaluate, exit_code, parse_gate
-from exporter.histograms import layer_histograms
-from exporter.kernels import kernel_of_layers, optimized_kernels
+from exporter.judge import judge_all
 from exporter.load import Loaded, load_model
 from exporter.lowering.lowered import Lowered
 from exporter.output import OutputFolder, file_sha256, file_sizes, write_manifest
@@ -35,28 +32,20 @@ from exporter.prepare import Prepared, prepare
 from exporter.progress import Progress, Silent
 from exporter.recipe import Recipe
 from exporter.recipe_values import InputSpec
-from exporter.report import AllSums, Budget, Json, PassRecordView, Report, Sizes, SkipView, Sums
+from exporter.report import Budget, Json, PassRecordView, Report, Sizes, SkipView
 from exporter.report_files import write_reports
 from exporter.sensitivity import measure_sensitivity
-from exporter.stage_noise import measure_stages
-from exporter.stages import with_stages
 from exporter.torchrun import joined
 from exporter.up_to_date import compile_key, up_to_date
-from exporter.validate import OutputFigures, compare_layers, compare_outputs, eager_session, evaluate_metrics
 from exporter.versions import versions
 from passes import PASSES
 from passes.base import PassError, PassRecord, Pipeline, Program, TargetRules
 from passes.cache import Cache
 from passes.memory import Memory
 from passes.ranks import Ranks
-from runtimes.base import Artifact, OnDemand, RuntimeFault, Session
-from runtimes.ort import OnnxRuntime
-from runtimes.trt import TensorRT
+from runtimes.base import RuntimeFault
 
 INCOMPLETE = 4
-
-STAGE_COPIES = 5
-"""Of a model's file that are held while the stages of its layers are told apart."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,10 +231,10 @@ def _compile(
         incomplete: list[str] = []
         if "trt" in lowered:
             clock.stage("build the TensorRT engine")
-            engine, incomplete = build(recipe, folder)
+            engine, incomplete = build_engine(recipe, folder)
 
         clock.stage("validate")
-        report = validate(program, recipe, lowered, engine, folder, progress)
+        report = judge_all(program, recipe, lowered, engine, folder, progress)
         if recipe.sensitivity:
             clock.stage("sensitivity")
             report = dataclasses.replace(report, sensitivity=measure_sensitivity(program, recipe.eval, progress.step))
@@ -296,129 +285,6 @@ def _folder_of(backend: Backend, folder: Path) -> Path:
         return folder
     (folder / "trt").mkdir()
     return folder / "trt"
-
-
-def build(recipe: Recipe, folder: Path) -> tuple[EngineResult | None, list[str]]:
-    """Finish the bundle here if there is a TensorRT that can, and say what is missing if not."""
-    flavor = available_flavor(recipe.trt_flavor)
-    later = "the bundle is written: finish it with `qexport build OUT/trt` on a machine that has it"
-    if flavor is None:
-        asked = "TensorRT" if recipe.trt_flavor == "auto" else f"TensorRT of flavor {recipe.trt_flavor}"
-        return None, [f"no {asked} here; {later}"]
-    try:
-        result = finish(
-            folder / "trt",
-            folder / "model.engine",
-            flavor,
-            arch=recipe.trt_arch or None,
-            profiles=recipe.trt_profiles or None,
-        )
-    except BuildError as error:
-        return None, [f"{error}; the bundle is written"]
-    if result.folded:
-        names = ", ".join(result.folded[:3]) + (" ..." if len(result.folded) > 3 else "")
-        return result, [f"TensorRT folded {len(result.folded)} quantized weights back to float: {names}"]
-    return result, []
-
-
-def engine_facts(engine: EngineResult | None) -> dict[str, Json]:
-    """What the report says of a finished engine: its bytes, and those of each layer's packed weight."""
-    if engine is None:
-        return {}
-    build = engine.build
-    return {
-        "flavor": build.flavor,
-        "version": build.version,
-        "engine_bytes": build.engine_bytes,
-        "weights_bytes": build.weights_bytes,
-        "scratch_bytes": build.scratch_bytes,
-        "layer_bytes": dict(engine.bytes),
-        "folded": list(engine.folded),
-    }
-
-
-def validate(
-    program: Program,
-    recipe: Recipe,
-    lowered: Mapping[str, Lowered],
-    engine: EngineResult | None,
-    folder: Path,
-    progress: Progress,
-) -> Report:
-    """Outputs, layers and metrics of everything that can run here, against the float model."""
-    main = lowered.get("onnx") or next(iter(lowered.values()))
-    reference = eager_session(program, program.reference)
-    sessions: dict[str, Session] = {"eager_quantized": eager_session(program, main.simulated)}
-    parity: dict[str, tuple[Session, Session]] = {}
-    kernels: Mapping[str, str | None] = engine.kernels if engine else {}
-    folded = engine.folded if engine else ()
-    warnings: list[str] = []
-    runtime = OnnxRuntime(provider=recipe.provider, threads=recipe.threads)
-    if "onnx" in lowered:
-        artifact = main.artifact
-        sessions["onnxruntime"] = OnDemand(runtime, artifact)
-        plain = eager_session(program, main.graph)
-        parity["onnxruntime"] = (sessions["eager_quantized"], sessions["onnxruntime"])
-        parity["onnxruntime_unoptimized"] = (plain, OnDemand(OnnxRuntime(optimize=False), artifact))
-        kernels = kernel_of_layers(
-            artifact.model, optimized_kernels(artifact, runtime), {layer.name: layer.codes for layer in main.layers}
-        )
-        folded = tuple(name for name, kernel in kernels.items() if kernel is None)
-    if "trt" in lowered:
-        trt = lowered["trt"]
-        plain = eager_session(program, trt.graph)
-        parity["tensorrt_dialect"] = (plain, OnDemand(OnnxRuntime(optimize=False), trt.artifact))
-        session = _engine_session(trt, engine, folder, warnings)
-        if session is not None:
-            sessions["tensorrt"] = session
-            parity["tensorrt"] = (plain, session)
-    batches = program.calibration.holdout
-    sums: dict[str, dict[str, Sums]] = {name: {} for name in sessions}
-    outputs: dict[str, OutputFigures] = {
-        name: compare_outputs(reference, session, batches, sums[name]) for name, session in sessions.items()
-    }
-    layer_sums: dict[str, Sums] = {}
-    layers = compare_layers(
-        program, main, kernels, lambda done, total: progress.step("layers", done, total), layer_sums
-    )
-    if fits(program.memory, folder, warnings):
-        noises = measure_stages(program, lowered, lambda done, total: progress.step("stages", done, total), runtime)
-        layers = with_stages(layers, noises)
-    layers = explain(layers, gather(program, lambda done, total: progress.step("causes", done, total)), folded)
-    return Report(
-        model={},
-        recipe={},
-        environment={},
-        calibration={},
-        warnings=tuple(warnings),
-        layers=layers,
-        outputs=outputs,
-        histograms=layer_histograms(program, main, worth_a_look(layers)),
-        parity={name: compare_outputs(one, other, batches) for name, (one, other) in parity.items()},
-        metrics=evaluate_metrics(recipe.eval, {"reference": reference, **sessions}),
-        sample_sums=AllSums(sums, layer_sums),
-    )
-
-
-def fits(memory: Memory, folder: Path, warnings: list[str]) -> bool:
-    """True when there is room for what the stages of every layer need: several copies of the model at once."""
-    needed = STAGE_COPIES * max(path.stat().st_size for path in folder.rglob("*.onnx*"))
-    if not memory.limit or needed <= memory.limit:
-        return True
-    warnings.append(f"stages of layers not measured: they take about {needed / 1e9:.1f} GB, more than --memory allows")
-    return False
-
-
-def _engine_session(trt: Lowered, engine: EngineResult | None, folder: Path, warnings: list[str]) -> Session | None:
-    """The engine ready to run, where there is a GPU for it."""
-    if engine is None:
-        return None
-    artifact = Artifact("tensorrt", folder / "model.engine", trt.artifact.inputs, trt.artifact.outputs)
-    try:
-        return TensorRT(flavor=engine.build.flavor).load(artifact)
-    except RuntimeFault as fault:
-        warnings.append(f"tensorrt: built, not run ({fault.what}); its ONNX file was validated in onnxruntime instead")
-        return None
 
 
 def write(

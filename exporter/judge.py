@@ -1,0 +1,97 @@
+"""Everything that can run here, against the float model: outputs, layers, stages, causes, metrics."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from exporter.backends.tensorrt.bundle import EngineResult
+from exporter.causes import explain, worth_a_look
+from exporter.engine import engine_session
+from exporter.evidence import gather
+from exporter.histograms import layer_histograms
+from exporter.kernels import kernel_of_layers, optimized_kernels
+from exporter.lowering.lowered import Lowered
+from exporter.progress import Progress
+from exporter.recipe import Recipe
+from exporter.report import AllSums, Report, Sums
+from exporter.stage_noise import measure_stages
+from exporter.stages import with_stages
+from exporter.validate import OutputFigures, compare_layers, compare_outputs, eager_session, evaluate_metrics
+from passes.base import Program
+from passes.memory import Memory
+from runtimes.base import OnDemand, Session
+from runtimes.ort import OnnxRuntime
+
+STAGE_COPIES = 5
+"""Of a model's file that are held while the stages of its layers are told apart."""
+
+
+def judge_all(
+    program: Program,
+    recipe: Recipe,
+    lowered: Mapping[str, Lowered],
+    engine: EngineResult | None,
+    folder: Path,
+    progress: Progress,
+) -> Report:
+    """Outputs, layers and metrics of everything that can run here, against the float model."""
+    main = lowered.get("onnx") or next(iter(lowered.values()))
+    reference = eager_session(program, program.reference)
+    sessions: dict[str, Session] = {"eager_quantized": eager_session(program, main.simulated)}
+    parity: dict[str, tuple[Session, Session]] = {}
+    kernels: Mapping[str, str | None] = engine.kernels if engine else {}
+    folded = engine.folded if engine else ()
+    warnings: list[str] = []
+    runtime = OnnxRuntime(provider=recipe.provider, threads=recipe.threads)
+    if "onnx" in lowered:
+        artifact = main.artifact
+        sessions["onnxruntime"] = OnDemand(runtime, artifact)
+        plain = eager_session(program, main.graph)
+        parity["onnxruntime"] = (sessions["eager_quantized"], sessions["onnxruntime"])
+        parity["onnxruntime_unoptimized"] = (plain, OnDemand(OnnxRuntime(optimize=False), artifact))
+        kernels = kernel_of_layers(
+            artifact.model, optimized_kernels(artifact, runtime), {layer.name: layer.codes for layer in main.layers}
+        )
+        folded = tuple(name for name, kernel in kernels.items() if kernel is None)
+    if "trt" in lowered:
+        trt = lowered["trt"]
+        plain = eager_session(program, trt.graph)
+        parity["tensorrt_dialect"] = (plain, OnDemand(OnnxRuntime(optimize=False), trt.artifact))
+        session = engine_session(trt, engine, folder, warnings)
+        if session is not None:
+            sessions["tensorrt"] = session
+            parity["tensorrt"] = (plain, session)
+    batches = program.calibration.holdout
+    sums: dict[str, dict[str, Sums]] = {name: {} for name in sessions}
+    outputs: dict[str, OutputFigures] = {
+        name: compare_outputs(reference, session, batches, sums[name]) for name, session in sessions.items()
+    }
+    layer_sums: dict[str, Sums] = {}
+    layers = compare_layers(
+        program, main, kernels, lambda done, total: progress.step("layers", done, total), layer_sums
+    )
+    if fits(program.memory, folder, warnings):
+        noises = measure_stages(program, lowered, lambda done, total: progress.step("stages", done, total), runtime)
+        layers = with_stages(layers, noises)
+    layers = explain(layers, gather(program, lambda done, total: progress.step("causes", done, total)), folded)
+    return Report(
+        model={},
+        recipe={},
+        environment={},
+        calibration={},
+        warnings=tuple(warnings),
+        layers=layers,
+        outputs=outputs,
+        histograms=layer_histograms(program, main, worth_a_look(layers)),
+        parity={name: compare_outputs(one, other, batches) for name, (one, other) in parity.items()},
+        metrics=evaluate_metrics(recipe.eval, {"reference": reference, **sessions}),
+        sample_sums=AllSums(sums, layer_sums),
+    )
+
+
+def fits(memory: Memory, folder: Path, warnings: list[str]) -> bool:
+    """True when there is room for what the stages of every layer need: several copies of the model at once."""
+    needed = STAGE_COPIES * max(path.stat().st_size for path in folder.rglob("*.onnx*"))
+    if not memory.limit or needed <= memory.limit:
+        return True
+    warnings.append(f"stages of layers not measured: they take about {needed / 1e9:.1f} GB, more than --memory allows")
+    return False
