@@ -22,6 +22,7 @@ from torch import Tensor
 SIZES = {
     "10M": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 10},
     "100M": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8},
+    "200M": {"hidden_size": 2048, "intermediate_size": 4096, "num_hidden_layers": 4},
     "400M": {"hidden_size": 1536, "intermediate_size": 4096, "num_hidden_layers": 14},
     "1.2B": {"hidden_size": 2048, "intermediate_size": 4096, "num_hidden_layers": 29},
 }
@@ -115,12 +116,18 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
             file.write(value.numpy().data)
 
 
+def command_of(folder: Path, size: str, passes: str, out: Path) -> list[str]:
+    """The command that compiles a model made here, with one thread and nothing kept from run to run."""
+    shutil.rmtree(out, ignore_errors=True)
+    command = ["-m", "exporter.cli", str(folder / size), "--passes", passes, "--out", str(out)]
+    calib = str(folder / f"{size}.tokens.safetensors")
+    return [*command, "--calib", calib, "--quiet", "--threads", "1", "--no-resume"]
+
+
 def compile_model(folder: Path, size: str, passes: str, memory: str) -> tuple[float, int, float]:
     """Seconds, peak resident bytes, and onnxruntime's parity with eager torch in dB, of one run of the command."""
     out = folder / f"{size}.out"
-    shutil.rmtree(out, ignore_errors=True)
-    command = [sys.executable, "-m", "exporter.cli", str(folder / size), "--passes", passes, "--out", str(out)]
-    command += ["--calib", str(folder / f"{size}.tokens.safetensors"), "--quiet", "--threads", "1", "--no-resume"]
+    command = [sys.executable, *command_of(folder, size, passes, out)]
     command += ["--memory", memory] if memory != "0" else []
     started = time.monotonic()
     child = os.spawnve(os.P_NOWAIT, sys.executable, command, os.environ | {"OMP_NUM_THREADS": "1"})
