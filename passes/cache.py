@@ -65,9 +65,12 @@ class Cache:
         try:
             temporary.write_bytes(hashlib.sha256(payload).digest() + payload)
             os.replace(temporary, self.folder / key)
-        finally:
+        except BaseException:
             with contextlib.suppress(FileNotFoundError):
                 temporary.unlink()
+            with contextlib.suppress(OSError):  # other layers are in it: they stay
+                self.folder.rmdir()
+            raise
 
     def count(self) -> int:
         """How many layers are kept."""
