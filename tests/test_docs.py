@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from exporter.cli import cli, run
+from exporter.cli import COMPILE, cli, run
 from passes import PASSES
 from passes.graph import get_tensor
 from tests.passes.nets import program_of
@@ -163,12 +163,13 @@ DONE: set[tuple[str, ...]] = set()
 
 def _qexport(command: Command) -> None:
     words = list(command.words[1:])
-    compiles = words[:1] not in [[name] for name in cli.commands]
+    name = words.pop(0) if words[0] in cli.commands else COMPILE
+    compiles = name == COMPILE
     if compiles:
         words += ["--calib-samples", SAMPLES] if "--calib" in words else []
         words += ["--force", "--quiet"]
     if command.mode == "parse":
-        parsed = cli.commands["compile" if compiles else words[0]].make_context("qexport", words)
+        parsed = cli.commands[name].make_context("qexport", words)
         assert isinstance(parsed, click.Context)
         return
     if "theirs.onnx" in words:
@@ -176,7 +177,7 @@ def _qexport(command: Command) -> None:
     out = Path(words[words.index("--out") + 1] if "--out" in words else "out")
     if compiles and tuple(words) in DONE and out.exists():
         return
-    code = run(words)
+    code = run([name, *words])
     # 3: gates speak of figures, which few samples do not give; 4: a builder that is not installed here.
     allowed = {0, 3} | ({4} if "trt" in words and not _has_tensorrt() else set())
     assert code in allowed, command
