@@ -21,8 +21,8 @@ from passes.memory import Memory
 from runtimes.base import OnDemand, Session
 from runtimes.ort import OnnxRuntime
 
-STAGE_COPIES = 5
-"""Of a model's file that are held while the stages of its layers are told apart."""
+COPIES = 5
+"""Of a model's file that are held while onnxruntime optimizes it, and while the stages of its layers are told apart."""
 
 
 def judge_all(
@@ -42,12 +42,14 @@ def judge_all(
     folded = engine.folded if engine else ()
     warnings: list[str] = []
     runtime = OnnxRuntime(provider=recipe.provider, threads=recipe.threads)
+    roomy = fits(program.memory, folder, warnings)
     if "onnx" in lowered:
+        plain = eager_session(program, main.graph)
+        parity["onnxruntime_unoptimized"] = (plain, OnDemand(OnnxRuntime(optimize=False), main.artifact))
+    if "onnx" in lowered and roomy:
         artifact = main.artifact
         sessions["onnxruntime"] = OnDemand(runtime, artifact)
-        plain = eager_session(program, main.graph)
         parity["onnxruntime"] = (sessions["eager_quantized"], sessions["onnxruntime"])
-        parity["onnxruntime_unoptimized"] = (plain, OnDemand(OnnxRuntime(optimize=False), artifact))
         kernels = kernel_of_layers(
             artifact.model, optimized_kernels(artifact, runtime), {layer.name: layer.codes for layer in main.layers}
         )
@@ -69,7 +71,7 @@ def judge_all(
     layers = compare_layers(
         program, main, kernels, lambda done, total: progress.step("layers", done, total), layer_sums
     )
-    if fits(program.memory, folder, warnings):
+    if roomy:
         noises = measure_stages(program, lowered, lambda done, total: progress.step("stages", done, total), runtime)
         layers = with_stages(layers, noises)
     layers = explain(layers, gather(program, lambda done, total: progress.step("causes", done, total)), folded)
@@ -89,9 +91,12 @@ def judge_all(
 
 
 def fits(memory: Memory, folder: Path, warnings: list[str]) -> bool:
-    """True when there is room for what the stages of every layer need: several copies of the model at once."""
-    needed = STAGE_COPIES * max(path.stat().st_size for path in folder.rglob("*.onnx*"))
+    """True when there is room for several copies of the model's file at once."""
+    needed = COPIES * max(path.stat().st_size for path in folder.rglob("*.onnx*"))
     if not memory.limit or needed <= memory.limit:
         return True
-    warnings.append(f"stages of layers not measured: they take about {needed / 1e9:.1f} GB, more than --memory allows")
+    warnings.append(
+        f"run node by node only: onnxruntime as shipped, its kernels and the stages of layers were not measured, "
+        f"as they take about {needed / 1e9:.1f} GB, more than --memory allows"
+    )
     return False

@@ -27,7 +27,8 @@ SIZES = {
     "1.2B": {"hidden_size": 2048, "intermediate_size": 4096, "num_hidden_layers": 29},
 }
 VOCABULARY = 4096
-SAMPLES, LENGTH = 40, 32
+INDEX = "model.safetensors.index.json"
+SAMPLES, LENGTH = 20, 32
 SHARD_BYTES = 500_000_000
 PASSES = "gptq:bits=4:group_size=128:refine=0:scale_search=minmax"
 
@@ -73,8 +74,13 @@ def make(folder: Path, size: str) -> int:
     )
     with torch.device("meta"):
         shapes = {name: value.shape for name, value in transformers.LlamaForCausalLM(config).state_dict().items()}
+    parameters = sum(shape.numel() for shape in shapes.values())
+    tokens = torch.randint(0, VOCABULARY, (SAMPLES, LENGTH), generator=torch.Generator().manual_seed(1))
     folder.mkdir(parents=True, exist_ok=True)
+    write_safetensors(folder.parent / f"{size}.tokens.safetensors", {"input_ids": tokens})
     config.save_pretrained(folder)
+    if (folder / INDEX).exists():  # from an earlier run: it is written last
+        return parameters
     generator = torch.Generator().manual_seed(0)
     shard: dict[str, Tensor] = {}
     places: dict[str, str] = {}
@@ -85,11 +91,9 @@ def make(folder: Path, size: str) -> int:
         spread = 0.02 if len(shape) > 1 else 0.1
         shard[name] = torch.randn(shape, generator=generator) * spread + (1.0 if len(shape) == 1 else 0.0)
     write_shard(folder, shard, places)
-    index = {"metadata": {"total_size": 4 * sum(shape.numel() for shape in shapes.values())}, "weight_map": places}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
-    tokens = torch.randint(0, VOCABULARY, (SAMPLES, LENGTH), generator=generator)
-    write_safetensors(folder.parent / f"{size}.tokens.safetensors", {"input_ids": tokens})
-    return sum(shape.numel() for shape in shapes.values())
+    index = {"metadata": {"total_size": 4 * parameters}, "weight_map": places}
+    (folder / INDEX).write_text(json.dumps(index), encoding="utf-8")
+    return parameters
 
 
 def write_shard(folder: Path, tensors: dict[str, Tensor], places: dict[str, str]) -> None:
