@@ -223,7 +223,7 @@ def _pytest(command: Command) -> None:
 
 
 def _pip(command: Command) -> None:
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     for word in command.words[2:]:
         if found := re.fullmatch(r"(?:\.|qexport)\[(.+)\]", word):
             assert set(found[1].split(",")) <= set(extras), command
@@ -265,20 +265,20 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def test_every_page_is_in_the_index() -> None:
-    index = (ROOT / "docs" / "index.md").read_text()
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
     assert [page.name for page in (ROOT / "docs").glob("*.md") if f"({page.name})" not in index] == ["index.md"]
-    assert "docs/index.md" in (ROOT / "README.md").read_text()
+    assert "docs/index.md" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_every_pass_and_every_command_is_described() -> None:
-    headings = re.findall(r"^## (.+)$", (ROOT / "docs" / "passes.md").read_text(), re.MULTILINE)
+    headings = re.findall(r"^## (.+)$", (ROOT / "docs" / "passes.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert headings == list(PASSES)
-    readme = (ROOT / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert [name for name in cli.commands if name != "compile" and f"qexport {name}" not in readme] == []
 
 
 def test_the_pass_of_the_example_works() -> None:
-    page = (ROOT / "docs" / "extending.md").read_text()
+    page = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
     code = re.search(r"```python\n(.+?)```", page, re.DOTALL)
     assert code is not None
     space: dict[str, Any] = {"__name__": __name__}

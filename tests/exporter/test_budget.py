@@ -83,7 +83,7 @@ def compiled(files: Path, out: Path, *flags: str) -> int:
 
 
 def report_of(out: Path) -> Report:
-    return Report.from_json((out / "report.json").read_text())
+    return Report.from_json((out / "report.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")

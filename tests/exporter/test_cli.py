@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import exporter.compile
+import exporter.engine
 import qexport
 from exporter.cli import run
 from exporter.open_out import load
@@ -64,7 +65,7 @@ def test_an_output_is_whole(files: Path) -> None:
     whole = {"model.onnx", "model.safetensors", "report.json", "report.md", "manifest.json", "timings.json"}
     whole |= {"report.html", "junit.xml"}
     assert whole <= names(files / "out")
-    report = Report.from_json((files / "out" / "report.json").read_text())
+    report = Report.from_json((files / "out" / "report.json").read_text(encoding="utf-8"))
     assert report.gates_passed
     assert report.recipe["passes"] == "cle,gptaq"
     assert report.calibration["samples"] == 32
@@ -108,7 +109,7 @@ def test_a_figure_that_nobody_measured_is_4(files: Path, tmp_path: Path) -> None
 def test_a_target_that_cannot_be_completed_is_4_and_the_line_says_how_to_finish(
     files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(exporter.compile, "available_flavor", lambda flavor: None)
+    monkeypatch.setattr(exporter.engine, "available_flavor", lambda flavor: None)
     assert compiled(files, tmp_path / "out", "--target", "trt") == 4
     assert "qexport build" in capsys.readouterr().err
     assert {"model.onnx", "build.json"} <= names(tmp_path / "out" / "trt")
@@ -118,7 +119,8 @@ def test_a_recipe_in_a_file_does_what_flags_do(files: Path, tmp_path: Path) -> N
     recipe = tmp_path / "recipe.toml"
     recipe.write_text('passes = "rtn"\nskip = ["second"]\n[[layers]]\nmatch = "first"\nbits = 4\n')
     assert compiled(files, tmp_path / "out", "--recipe", str(recipe), "--quiet") == 0
-    layers = {layer.name: layer for layer in Report.from_json((tmp_path / "out" / "report.json").read_text()).layers}
+    report = Report.from_json((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
+    layers = {layer.name: layer for layer in report.layers}
     assert layers["second"].format == "float32"
     assert "4" in layers["first"].format
 
@@ -196,9 +198,9 @@ def test_bench_compares_with_float_in_one_run(files: Path, capsys: pytest.Captur
     assert run(["bench", str(files / "out"), "--rounds", "3", "--batch", "2", "--batch", "5"]) == 0
     shown = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in shown[1:3]] == ["2", "5"]
-    latency = json.loads((files / "out" / "timings.json").read_text())["latency"]
+    latency = json.loads((files / "out" / "timings.json").read_text(encoding="utf-8"))["latency"]
     assert [timing["batch"] for timing in latency["timings"]] == [2, 5]
-    assert "as fast as float" in (files / "out" / "report.html").read_text()
+    assert "as fast as float" in (files / "out" / "report.html").read_text(encoding="utf-8")
     assert run(["bench", str(files)]) == 2
     assert "has no model.onnx" in capsys.readouterr().err
 
@@ -225,12 +227,12 @@ def test_build_finishes_a_bundle_into_its_output(
     pytest.importorskip("tensorrt_rtx")
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(exporter.compile, "available_flavor", lambda flavor: None)
+        patch.setattr(exporter.engine, "available_flavor", lambda flavor: None)
         assert compiled(files, out, "--target", "trt", "--quiet") == 4
     capsys.readouterr()
     assert run(["build", str(out / "trt"), "--trt-flavor", "rtx", "--trt-arch", "sm80"]) == 0
     assert "(rtx)" in capsys.readouterr().out
-    assert "model.engine" in json.loads((out / "manifest.json").read_text())["files"]
+    assert "model.engine" in json.loads((out / "manifest.json").read_text(encoding="utf-8"))["files"]
     assert run(["build", str(out), "--trt-flavor", "rtx"]) == 2
     assert "has an engine already" in capsys.readouterr().err
 
@@ -312,6 +314,11 @@ def test_an_interrupt_is_130_without_a_traceback(
     )
 
 
+def heeding_signals() -> None:
+    """A shell has its background jobs ignore Ctrl-C, and all that they start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_a_real_run_with_nothing_half_written(files: Path, tmp_path: Path, number: int) -> None:
     (tmp_path / "slow.py").write_text(
@@ -320,7 +327,12 @@ def test_a_signal_ends_a_real_run_with_nothing_half_written(files: Path, tmp_pat
     command = [sys.executable, "-m", "exporter.cli", str(files / "model.pt2"), "--calib", "slow:samples"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     with subprocess.Popen(
-        [*command, "--out", "parent/out"], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
+        [*command, "--out", "parent/out"],
+        cwd=tmp_path,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heeding_signals,
     ) as child:
         while not (tmp_path / "reached").exists():
             assert child.poll() is None

@@ -66,7 +66,7 @@ def test_folders_are_compared_and_gates_decide(files: Path, tmp_path: Path, caps
     assert "WORSE" in capsys.readouterr().out
     out = tmp_path / "diff.md"
     assert run(["diff", good, bad, "--gate", "sqnr_db.drop<=3", "--out", str(out)]) == 3
-    assert "**FAILED**" in out.read_text()
+    assert "**FAILED**" in out.read_text(encoding="utf-8")
     assert run(["diff", bad, good, "--gate", "sqnr_db.drop<=3", "--gate", "regressions==0"]) == 0
     assert run(["diff", good, f"{good}/report.json", "--gate", "regressions==0"]) == 0
 

@@ -408,7 +408,7 @@ def test_a_hugging_face_folder_loads_and_exports(
 )
 def test_hugging_face_config_that_does_not_fit(change: dict[str, Any], what: str, tmp_path: Path) -> None:
     tiny_opt().save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text()) | change
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8")) | change
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert what in error_of(tmp_path)
 

@@ -105,6 +105,6 @@ def test_the_float_twin_has_no_codes(name: str, request: pytest.FixtureRequest) 
 
 
 def test_the_report_says_why(hqq: Done) -> None:
-    text = (hqq.out / "report.md").read_text()
+    text = (hqq.out / "report.md").read_text(encoding="utf-8")
     assert f"- {SUMS} (22 layers): packed; becomes what the kernel reads at load" in text
-    assert (Report.from_json((hqq.out / "report.json").read_text())).layers[3].why
+    assert (Report.from_json((hqq.out / "report.json").read_text(encoding="utf-8"))).layers[3].why

@@ -74,14 +74,14 @@ def test_a_file_is_never_replaced(tmp_path: Path) -> None:
     for force in (False, True):
         with pytest.raises(InputError, match="is a file"), OutputFolder(tmp_path / "out", force=force):
             pass
-    assert (tmp_path / "out").read_text() == "mine"
+    assert (tmp_path / "out").read_text(encoding="utf-8") == "mine"
 
 
 def test_force_replaces_an_output_and_nothing_else(tmp_path: Path) -> None:
     out = finished(tmp_path / "out")
     with OutputFolder(out, force=True) as folder:
         (folder / "new").write_text("new")
-        assert (out / "model.onnx").read_text() == "old"
+        assert (out / "model.onnx").read_text(encoding="utf-8") == "old"
     assert names(out) == ["new"]
     (out / "holiday.jpg").write_text("")
     with pytest.raises(InputError, match="not an output of qexport"), OutputFolder(out, force=True):
@@ -94,7 +94,7 @@ def test_a_failure_under_force_keeps_the_old_folder(tmp_path: Path) -> None:
     out = finished(tmp_path / "out")
     with pytest.raises(RuntimeError), OutputFolder(out, force=True):
         raise RuntimeError
-    assert (out / "model.onnx").read_text() == "old"
+    assert (out / "model.onnx").read_text(encoding="utf-8") == "old"
     assert names(tmp_path) == ["out"]
 
 
@@ -110,7 +110,7 @@ def test_the_old_folder_comes_back_when_the_swap_fails(tmp_path: Path, monkeypat
     monkeypatch.setattr(Path, "rename", fails_for_the_new)
     with pytest.raises(InputError, match="Input/output error"), OutputFolder(out, force=True):
         pass
-    assert (out / "model.onnx").read_text() == "old"
+    assert (out / "model.onnx").read_text(encoding="utf-8") == "old"
     assert names(tmp_path) == ["out"]
 
 
@@ -195,7 +195,7 @@ def test_the_manifest_is_the_same_for_the_same_result(tmp_path: Path) -> None:
             (folder / "trt" / "model.onnx").write_bytes(b"model")
             (folder / "report.json").write_text(f"takes {name} seconds")
             write_manifest(folder, recipe={"seed": 0}, calibration_sha256="ab")
-        texts.append((tmp_path / name / MANIFEST).read_text())
+        texts.append((tmp_path / name / MANIFEST).read_text(encoding="utf-8"))
     assert texts[0] == texts[1]
     manifest = json.loads(texts[0])
     digest = "9372c470eeadd5ecd9c3c74c2b3cb633f8e2f2fad799250a0f70d652b6b825e4"  # of the bytes "model"
@@ -213,5 +213,5 @@ def test_sizes_and_hashes_are_of_the_same_files(tmp_path: Path) -> None:
 def test_the_version_is_that_of_the_package() -> None:
     import tomllib
 
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert project["version"] == VERSION

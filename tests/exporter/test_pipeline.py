@@ -80,7 +80,7 @@ def test_what_is_up_to_date_is_kept(
     here: Path, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(here)
-    assert json.loads((out / "manifest.json").read_text())["key"]
+    assert json.loads((out / "manifest.json").read_text(encoding="utf-8"))["key"]
     with monkeypatch.context() as patched:
         patched.setattr(exporter.compile, "load_model", None)  # loading would fail
         assert run(["--reuse", "--threads", "2"]) == 0
@@ -162,13 +162,15 @@ def test_passes_and_doctor_print_json(capsys: pytest.CaptureFixture[str]) -> Non
 def test_a_shell_completes_words(here: Path, words: str, offered: set[str]) -> None:
     line = f"qexport {words}"
     variables = {"_QEXPORT_COMPLETE": "bash_complete", "COMP_WORDS": line, "COMP_CWORD": str(len(line.split(" ")) - 1)}
-    done = subprocess.run(["qexport"], cwd=here, env=in_project(here, **variables), capture_output=True, text=True)
+    done = subprocess.run(
+        ["qexport"], cwd=here, env=in_project(here, **variables), capture_output=True, encoding="utf-8"
+    )
     assert offered <= {entry.partition(",")[2] for entry in done.stdout.splitlines()}, done.stderr
 
 
 def test_a_log_holds_plain_lines(here: Path, out: Path) -> None:
     done = subprocess.run(
-        ["qexport", "--reuse", "--out", "log"], cwd=here, env=in_project(here), capture_output=True, text=True
+        ["qexport", "--reuse", "--out", "log"], cwd=here, env=in_project(here), capture_output=True, encoding="utf-8"
     )
     assert done.returncode == 0
     assert not re.search("[\x00-\x08\x0b-\x1f]", done.stdout + done.stderr)
@@ -203,8 +205,8 @@ def run_step(
     script = temporary / "step.sh"
     script.write_text(step["run"])
     command = ["bash", "--noprofile", "--norc", "-eo", "pipefail", str(script)]
-    done = subprocess.run(command, cwd=here, env=in_project(here, **environment), capture_output=True, text=True)
-    found = dict(line.split("=", 1) for line in output.read_text().splitlines())
+    done = subprocess.run(command, cwd=here, env=in_project(here, **environment), capture_output=True, encoding="utf-8")
+    found = dict(line.split("=", 1) for line in output.read_text(encoding="utf-8").splitlines())
     return done.returncode, {**outputs, **{f"{step.get('id', name)}.{key}": value for key, value in found.items()}}
 
 
@@ -222,10 +224,10 @@ def test_the_action_compiles_compares_and_gates(here: Path, out: Path) -> None:
     assert not (here / "broken").exists()
     code, again = run_step("compile", here, inputs, {})
     assert (code, again["compile.reused"]) == (0, "true")
-    assert "1 of 1 gate failed" in (here / "runner" / "summary.md").read_text()
+    assert "1 of 1 gate failed" in (here / "runner" / "summary.md").read_text(encoding="utf-8")
     code, outputs = run_step("compare", here, inputs, outputs)
     assert code == 0
-    comment = (here / "runner" / "qexport.md").read_text()
+    comment = (here / "runner" / "qexport.md").read_text(encoding="utf-8")
     assert "1 of 1 gate failed" in comment
     assert run_step("gate", here, inputs, outputs)[0] == 3
     assert run_step("gate", here, inputs, {"compile.exit-code": "0"})[0] == 0

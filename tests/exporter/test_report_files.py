@@ -20,9 +20,9 @@ def test_all_are_written(tmp_path: Path) -> None:
         "junit.xml",
         "timings.json",
     }
-    assert Report.from_json((tmp_path / "report.json").read_text()) == SMALL
-    assert json.loads((tmp_path / "timings.json").read_text()) == {"seconds": {"capture": 1.235}}
-    assert "1.235" in (tmp_path / "report.html").read_text()
+    assert Report.from_json((tmp_path / "report.json").read_text(encoding="utf-8")) == SMALL
+    assert json.loads((tmp_path / "timings.json").read_text(encoding="utf-8")) == {"seconds": {"capture": 1.235}}
+    assert "1.235" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def test_only_timings_and_the_page_show_time(tmp_path: Path) -> None:
@@ -38,8 +38,9 @@ def test_latency_is_added_to_timings_and_page(tmp_path: Path) -> None:
     write_reports(tmp_path, SMALL, {"capture": 1.0})
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     add_latency(tmp_path, LATENCY)
-    assert json.loads((tmp_path / "timings.json").read_text()) == {"seconds": {"capture": 1.0}, "latency": LATENCY}
-    page = (tmp_path / "report.html").read_text()
+    timings = json.loads((tmp_path / "timings.json").read_text(encoding="utf-8"))
+    assert timings == {"seconds": {"capture": 1.0}, "latency": LATENCY}
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "2.00x to 2.50x" in page
     assert "capture" in page
     for name in ("report.json", "report.md", "junit.xml"):

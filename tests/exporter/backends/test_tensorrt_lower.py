@@ -437,7 +437,7 @@ def test_architectures_of_a_bundle_are_for_rtx_only(
         with pytest.raises(BundleError, match="enough"):
             finish(tmp_path, tmp_path / "e", flavor)  # type: ignore[arg-type]  # a plain string here
     assert asked == [("sm89",), ()]
-    assert json.loads((tmp_path / "build.json").read_text())["arch"] == ["sm89"]
+    assert json.loads((tmp_path / "build.json").read_text(encoding="utf-8"))["arch"] == ["sm89"]
 
 
 # ---- shapes --------------------------------------------------------------------------------------------------------

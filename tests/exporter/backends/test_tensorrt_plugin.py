@@ -192,7 +192,7 @@ def test_wide_codes_are_bytes_with_the_low_one_first() -> None:
 
 def test_the_bundle_can_be_read_by_hand(tmp_path: Path) -> None:
     lower(pair(affine(3, 32, meta=128)), tmp_path)
-    sets = json.loads((tmp_path / "build.json").read_text())["kernels"]
+    sets = json.loads((tmp_path / "build.json").read_text(encoding="utf-8"))["kernels"]
     assert list(sets) == ["int3_linear_meta.0", "int3_linear_meta.1"]  # two widths
     listed = sets["int3_linear_meta.0"]
     assert listed["types"] == ["FP16", "INT32", "INT8", "FP32", "FP32", "INT8", "FP32", "FP32", "FP16", "FP16"]
@@ -273,7 +273,7 @@ def parameters(ptx: bytes, entry: str) -> list[str]:
 
 def driven(layer: ModuleType, folder: Path, node: onnx.NodeProto, x_shape: tuple[int, ...]) -> list[dict[str, Any]]:
     """What the builder would learn of a node: its output's shape and, for each tactic, how the kernel is started."""
-    described = json.loads((folder / "build.json").read_text())["kernels"]
+    described = json.loads((folder / "build.json").read_text(encoding="utf-8"))["kernels"]
     constants = {tensor.name: tensor for tensor in onnx.load(str(folder / "model.onnx")).graph.initializer}
     asked = attributes(node)
     activation = TYPES[TensorProto.FLOAT16]

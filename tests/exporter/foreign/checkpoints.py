@@ -69,7 +69,7 @@ def folder(path: Path, model: nn.Module, settings: Mapping[str, Any], pack: Pack
 
 def configure(path: Path, **changes: Any) -> None:
     """Change the folder's config.json."""
-    config = json.loads((path / "config.json").read_text()) | changes
+    config = json.loads((path / "config.json").read_text(encoding="utf-8")) | changes
     (path / "config.json").write_text(json.dumps(config))
 
 
