@@ -93,7 +93,12 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--trt-arch", metavar="LIST", help="GPU architectures of an rtx engine: sm80,sm89.")
 @click.option("--trt-profile", "trt_profiles", multiple=True, metavar="NAME=MIN/OPT/MAX", help="Shapes to build for.")
 @click.option("--seed", type=int, metavar="N", help="Of everything random. [default: 0]")
-@click.option("--threads", type=int, metavar="N", help="Threads to use; 0 leaves it to the libraries. [default: 0]")
+@click.option(
+    "--threads",
+    type=int,
+    metavar="N",
+    help="Of onnxruntime; torch computes on one, which decides the bytes. [default: 0, its own choice]",
+)
 @click.option("--memory", metavar="SIZE", help="What results and activations may take before they go to disk: 4GB.")
 @click.option("--resume/--no-resume", default=None, help="Go on where a stopped run of the same stood. [default: on]")
 @click.option("--quiet", is_flag=True, help="Say nothing but warnings and errors.")

@@ -43,6 +43,7 @@ from passes.base import PassError, PassRecord, Pipeline, Program, TargetRules
 from passes.cache import Cache
 from passes.memory import Memory
 from passes.ranks import Ranks
+from passes.threads import single_thread
 from runtimes.base import RuntimeFault
 
 INCOMPLETE = 4
@@ -189,7 +190,7 @@ def _compile(
 ) -> CompileResult:
     clock, folder, key = _Clock(progress), output.folder, compile_key(loaded.path, recipe)
     recipe = recipe.for_model(quantized=bool(loaded.weights))
-    with threads(recipe.threads):
+    with single_thread():  # a convolution, too, differs in its last bits between one thread and two
         clock.stage("capture")
         backends = [
             backend_for(target, recipe.trt_arch, recipe.weights_as, recipe.trt_flavor) for target in recipe.target
@@ -300,18 +301,6 @@ def write(
     write_reports(folder, report, seconds)
     sha256 = file_sha256(loaded.path) if loaded.path.is_file() else None
     write_manifest(folder, recipe=recipe.to_json(), calibration_sha256=prepared.sha256, model_sha256=sha256, key=key)
-
-
-@contextlib.contextmanager
-def threads(number: int) -> Iterator[None]:
-    """Torch's threads while compiling; 0 leaves them."""
-    before = torch.get_num_threads()
-    if number:
-        torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def float_bytes(graph: fx.GraphModule) -> int:
