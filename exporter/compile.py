@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import platform
+import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -26,7 +27,7 @@ from exporter.gates import GATE_FAILED, evaluate, exit_code, parse_gate
 from exporter.judge import judge_all
 from exporter.load import Loaded, load_model
 from exporter.lowering.lowered import Lowered
-from exporter.output import OutputFolder, file_sha256, file_sizes, write_manifest
+from exporter.output import OutputFolder, beside, file_sha256, file_sizes, write_manifest
 from exporter.pinned import write_chosen
 from exporter.prepare import Prepared, prepare
 from exporter.progress import Progress, Silent
@@ -127,10 +128,10 @@ class Output:
 
 @contextlib.contextmanager
 def output_of(recipe: Recipe, ranks: Ranks) -> Iterator[Output]:
-    """The first rank's output folder; the others write nothing but scratch files."""
-    if ranks.rank:
+    """The first rank's output folder; the others write nothing but scratch files and snapshots of their walk."""
+    if not ranks.is_first:
         with tempfile.TemporaryDirectory() as scratch:
-            yield Output(Path(scratch), None)
+            yield Output(Path(scratch), beside(recipe.out.expanduser().resolve(), "cache") if recipe.resume else None)
     else:
         output = OutputFolder(recipe.out, force=recipe.force)
         with output as folder:
@@ -210,8 +211,9 @@ def _compile(
             )
             program.on_step = progress.step
             program.memory = Memory(recipe.memory, folder)
-            program.cache = Cache(output.cache, str(versions()), damaged.append) if output.cache else None
             program.ranks = ranks
+            if output.cache is not None:
+                program.cache = Cache(output.cache, str(versions()), damaged.append, ranks)
             adopt(program, loaded.weights, loaded.path)
             return program, pipeline.run(program, before=lambda step: clock.stage(step.work.name))
 
@@ -219,7 +221,10 @@ def _compile(
         if recipe.budget is not None:
             recipe, budget = fit_budget(recipe, lambda tried: quantize(tried)[0], progress.step)
         program, records = quantize(recipe)
-        if ranks.rank:
+        if not ranks.is_first:
+            if program.cache is not None:
+                program.cache.drop_walks()
+            print(*(f"warning: rank {ranks.rank}: {line}\n" for line in damaged), sep="", end="", file=sys.stderr)
             raise SystemExit  # what is left is the first rank's
 
         lowered: dict[str, Lowered] = {}

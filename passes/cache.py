@@ -8,14 +8,20 @@ every layer so far, and on nothing else. Its key is therefore a chain:
 
 A file is the hash of what follows and the weight; it is written under another name and renamed, so that it is whole or
 not there. One that does not match its hash is reported and made again.
+
+Beside the layers lies, for each rank, the newest snapshot of the walk over the calibration data (passes.snapshot),
+under the key of the layer that was finished last when it was taken: with all layers up to that one from here, the walk
+need not begin at the network's input.
 """
 
 import contextlib
 import dataclasses
 import hashlib
 import io
+import math
 import os
 import secrets
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +29,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from passes import snapshot
 from passes.memory import release
+from passes.ranks import Ranks
+from passes.snapshot import StreamState
 from passes.weights import AffineWeight, CodebookWeight, QuantWeight
 
 KINDS: dict[str, type[AffineWeight] | type[CodebookWeight]] = {
@@ -31,16 +40,31 @@ KINDS: dict[str, type[AffineWeight] | type[CodebookWeight]] = {
 }
 DIGEST_BYTES = hashlib.sha256().digest_size
 
+SNAPSHOT_EVERY_S = 30.0
+"""How long the walk goes on between two snapshots, at least: what a stopped run may have to walk again."""
+
+SNAPSHOT_SHARE = 10
+"""Between two snapshots goes at least so many times the time that the last one took to write."""
+
 
 class Cache:
     """A folder of finished layers, made when the first one is.
 
-    versions  what results depend on besides a program: of this package and of torch
-    warn      is told of damaged entries
+    versions        what results depend on besides a program: of this package and of torch
+    warn            is told of damaged entries, and of snapshots there is no room for
+    snapshot_every  seconds; 0: a snapshot after every layer
     """
 
-    def __init__(self, folder: Path, versions: str, warn: Callable[[str], None]) -> None:
-        self.folder, self.versions, self._warn = folder, versions, warn
+    def __init__(
+        self,
+        folder: Path,
+        versions: str,
+        warn: Callable[[str], None],
+        ranks: Ranks | None = None,
+        snapshot_every: float = SNAPSHOT_EVERY_S,
+    ) -> None:
+        self.folder, self.versions, self._warn, self._ranks = folder, versions, warn, ranks or Ranks()
+        self._every, self._next_snapshot = snapshot_every, time.monotonic() + snapshot_every
 
     def get(self, key: str, layer: str) -> QuantWeight | None:
         """The weight kept under `key`; None when there is none that is whole."""
@@ -71,6 +95,49 @@ class Cache:
             with contextlib.suppress(OSError):  # other layers are in it: they stay
                 self.folder.rmdir()
             raise
+
+    def has_walk(self, key: str) -> bool:
+        """True when there is a snapshot of this rank's walk, taken when the layer of `key` was finished."""
+        return self._walk_file(key).exists()
+
+    def get_walk(self, key: str) -> list[StreamState] | None:
+        """The snapshot under `key`; None, with a warning, when it is damaged."""
+        states = snapshot.read(self._walk_file(key))
+        if states is None:
+            what = "the kept activations are damaged; the network is run again over the calibration data"
+            self._warn(f"{self._walk_file(key)}: {what}")
+        return states
+
+    def put_walk(self, key: str, states: Sequence[StreamState]) -> None:
+        """Keep a snapshot in the place of the one before, if it is time for one. A full disk is a warning only."""
+        started = time.monotonic()
+        if started < self._next_snapshot:
+            return
+        path = self._walk_file(key)
+        try:
+            self.folder.mkdir(exist_ok=True)
+            snapshot.write(path, states)
+        except OSError as error:
+            self._warn(f"{self.folder}: activations are not kept: {error.strerror}; a run that goes on computes them")
+            self._next_snapshot = math.inf
+            return
+        self._drop_walks(but=path)
+        now = time.monotonic()
+        self._next_snapshot = now + max(self._every, SNAPSHOT_SHARE * (now - started) if self._every else 0.0)
+
+    def drop_walks(self) -> None:
+        """Forget this rank's snapshots, and the folder if nothing else is in it."""
+        self._drop_walks()
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
+
+    def _walk_file(self, key: str) -> Path:
+        return self.folder / f".walk-{self._ranks.rank}-of-{self._ranks.world}-{key}"
+
+    def _drop_walks(self, but: Path | None = None) -> None:
+        for path in self.folder.glob(f".walk-{self._ranks.rank}-*"):
+            if path != but:
+                path.unlink(missing_ok=True)
 
     def count(self) -> int:
         """How many layers are kept."""

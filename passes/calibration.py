@@ -5,6 +5,7 @@ and partial sums are added in batch order.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, fx
 
 from passes.graph import inputs_of
 from passes.memory import Memory, release
+from passes.snapshot import StreamState
 
 Batch = Mapping[str, Tensor]
 
@@ -65,6 +67,32 @@ class Stream:
     def values(self, node: fx.Node) -> list[Tensor]:
         """The value of a node that has run, for each batch."""
         return [interpreter.env[node] for interpreter in self._interpreters]
+
+    @property
+    def has_run(self) -> bool:
+        """True when it no longer stands in front of the graph."""
+        return self._last is not None
+
+    def state(self) -> StreamState:
+        """Where it stands, for `restore`."""
+        values = [
+            {node.name: value for node, value in interpreter.env.items() if node.op != "get_attr"}
+            for interpreter in self._interpreters
+        ]
+        return StreamState("" if self._last is None else self._last.name, values)
+
+    def restore(self, state: StreamState) -> None:
+        """Go to where the stream of an equal graph stood, over the same batches; nothing may have run yet."""
+        if not state.last:
+            return
+        named = {node.name: node for node in self._nodes}
+        last = self._last = named[state.last]
+        before = [*itertools.takewhile(lambda node: node is not last, self._nodes), last]
+        placeholders = sum(node.op == "placeholder" for node in before)
+        for interpreter, values in zip(self._interpreters, state.values, strict=True):
+            interpreter.args_iter = itertools.islice(interpreter.args_iter, placeholders, None)
+            interpreter.env.update({node: interpreter.run_node(node) for node in before if node.op == "get_attr"})
+            interpreter.env.update({named[name]: value for name, value in values.items()})
 
     def _run(self, node: fx.Node) -> None:
         spills = node.op != "get_attr" and self._waiting() > self._memory.activations

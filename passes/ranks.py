@@ -28,6 +28,11 @@ class Ranks:
     rank: int = 0
     world: int = 1
 
+    @property
+    def is_first(self) -> bool:
+        """True for the rank that reads and writes what all share."""
+        return self.rank == 0
+
     def batches(self, count: int) -> range:
         """Which of `count` batches are this rank's."""
         first, last = (self._shards.start, self._shards.stop)

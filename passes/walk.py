@@ -1,6 +1,9 @@
 """Statistics of layers' inputs as a weight pass walks the graph, one layer at a time.
 
 A layer's inputs are those of the graph as it is when the layer's turn comes: everything before it is quantized already.
+
+With a cache the walk need not begin at the network's input: `finished` leaves snapshots of the values that wait where
+it stands, and `passed` finds the newest one among layers that came from the cache.
 """
 
 from torch import Tensor
@@ -20,14 +23,27 @@ class Walk:
         self._part = Part(self.ranks, self.ranks.batches(len(everything)), len(everything))
         batches = [everything[index] for index in self._part.batches]
         self._stream = Stream(program.graph, batches, program.memory)
+        self._streams = [self._stream]
         self._floats: Stream | None = None
         self._twins: dict[str, Layer] = {}
         if program.float_twin is not None:
             self._floats = Stream(program.float_twin, batches, program.memory)
+            self._streams.append(self._floats)
             self._twins = {layer.name: layer for layer in find_layers(program.float_twin)}
         self._reads: list[object] = []
         self._hessian: Tensor | None = None
         self._cross: Tensor | None = None
+        self._cache, self._kept = program.cache, ""
+
+    def passed(self, key: str) -> None:
+        """The layer of this key has its result; if a snapshot was taken then, the walk goes on from it."""
+        if self._cache is not None and self._cache.has_walk(key):
+            self._kept = key
+
+    def finished(self, key: str) -> None:
+        """The layer of this key was quantized just now: the time for a snapshot."""
+        if self._cache is not None and self._stream.has_run:
+            self._cache.put_walk(key, [stream.state() for stream in self._streams])
 
     def hessian(self, layer: Layer) -> Tensor:
         """Xq^T Xq / n of the layer's input, [groups, in, in]."""
@@ -54,4 +70,12 @@ class Walk:
             reads += [layer.weight.meta["val"].shape[2:], layer.groups, layer.node.args[3:]]
         if self._reads != reads:
             self._reads, self._hessian, self._cross = reads, None, None  # two layers' moments are never held
+            self._go_on()
             self._stream.advance(layer.node)
+
+    def _go_on(self) -> None:
+        """Take over the snapshot that `passed` found, before anything runs."""
+        if self._cache is None or not self._kept or self._stream.has_run:
+            return
+        for stream, state in zip(self._streams, self._cache.get_walk(self._kept) or [], strict=False):
+            stream.restore(state)

@@ -95,7 +95,7 @@ class WeightPass(Pass):
         walk = Walk(program)
         stored_bits = weights = 0.0
         layers = program.layers()
-        key = "" if program.cache is None else self._first_key(program, program.cache.versions)
+        key = self._first_key(program)
         for done, layer in enumerate(layers):
             program.on_step(layer.name, done, len(layers))
             try:
@@ -106,12 +106,14 @@ class WeightPass(Pass):
                     continue
                 key = next_key(key, layer.name, work)
                 matrix = layer.to_matrix(weight_of(program.graph, layer))
-                kept = program.cache.get(key, layer.name) if program.cache is not None else None
-                quantized = program.ranks.from_first(kept)
+                quantized = self._kept(program, key, layer)
                 if quantized is None:
                     quantized = work._quantized(matrix, layer, walk)
-                    if program.cache is not None:
+                    if program.cache is not None and program.ranks.is_first:
                         program.cache.put(key, quantized)
+                    walk.finished(key)
+                else:
+                    walk.passed(key)
             except PassError as error:
                 raise PassError(error.what, node=layer.name, fix=error.fix) from error
             release([weight_of(program.graph, layer)])
@@ -122,9 +124,20 @@ class WeightPass(Pass):
         measured = {"bits_per_weight": stored_bits / weights} if weights else {}
         return PassResult(tuple(changed), tuple(skipped), measured)
 
-    def _first_key(self, program: Program, versions: str) -> str:
-        graphs = [program.graph, *([] if program.float_twin is None else [program.float_twin])]
-        return first_key((versions, self, program.seed), graphs, program.calibration.batches)
+    def _first_key(self, program: Program) -> str:
+        """The first rank's, which reads all weights for it; empty without a cache."""
+        key = ""
+        if program.cache is not None and program.ranks.is_first:
+            graphs = [program.graph, *([] if program.float_twin is None else [program.float_twin])]
+            key = first_key((program.cache.versions, self, program.seed), graphs, program.calibration.batches)
+        return program.ranks.from_first(key)
+
+    def _kept(self, program: Program, key: str, layer: Layer) -> QuantWeight | None:
+        """What the first rank's cache has of the layer."""
+        kept = None
+        if program.cache is not None and program.ranks.is_first:
+            kept = program.cache.get(key, layer.name)
+        return program.ranks.from_first(kept)
 
     def _quantized(self, matrix: Tensor, layer: Layer, walk: Walk) -> QuantWeight:
         return self.quantize_table(matrix) if layer.kind == "embedding" else self.quantize_layer(matrix, layer, walk)

@@ -5,14 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from passes import weight_pass
+from passes import snapshot, weight_pass
 from passes.base import LayerRule, Program
 from passes.cache import Cache, next_key
-from passes.calibration import Calibration
+from passes.calibration import Calibration, Stream
+from passes.gptaq import GPTAQ
 from passes.gptq import GPTQ
 from passes.graph import copy_graph
+from passes.memory import Memory
+from passes.ranks import Ranks
 from passes.rtn import RTN
 from passes.weight_pass import WeightPass
 from passes.weights import AffineWeight, CodebookWeight
@@ -136,6 +139,118 @@ def test_a_damaged_entry_is_named_and_made_again(tmp_path: Path, counted: list[s
     assert len(counted) == 3
     assert len(warnings) == 3
     assert "layer net.0 is damaged" in warnings[0]
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The nodes that walks ran, in order."""
+    names: list[str] = []
+    original = Stream._run
+
+    def run(self: Stream, node: fx.Node) -> None:
+        names.append(node.name)
+        original(self, node)
+
+    monkeypatch.setattr(Stream, "_run", run)
+    return names
+
+
+def _stopped(folder: Path, finished: int, work: WeightPass | None = None, memory: Memory | None = None) -> None:
+    """A run with a snapshot after every layer, stopped when so many are done."""
+
+    def stop(layer: str, done: int, total: int) -> None:
+        if done == finished:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        _run(dataclasses.replace(_keeping(folder, memory=memory), on_step=stop), work)
+
+
+def _keeping(
+    folder: Path, warnings: list[str] | None = None, ranks: Ranks | None = None, memory: Memory | None = None
+) -> Program:
+    warn = (warnings if warnings is not None else []).append
+    cache = Cache(folder, "1.0", warn, ranks, snapshot_every=0)
+    return dataclasses.replace(_program(None), cache=cache, memory=memory or Memory())
+
+
+def _walks(folder: Path) -> list[str]:
+    return sorted(path.name[: len(".walk-0-of-1")] for path in folder.glob(".walk*"))
+
+
+@pytest.mark.parametrize("work", [GPTQ(group_size=-1), GPTAQ(act_bits=0)], ids=["gptq", "gptaq"])
+@pytest.mark.parametrize("limit", [0, 1], ids=["in memory", "spilled"])
+def test_a_run_that_goes_on_walks_from_where_it_stood(
+    tmp_path: Path, ran: list[str], work: WeightPass, limit: int
+) -> None:
+    memory = Memory(limit, tmp_path)
+    expected = _run(_program(None), work)
+    whole = len(ran)
+    _stopped(tmp_path / "cache", 2, work, memory)
+    before, last = ran[whole:], ran[-1]
+    assert _walks(tmp_path / "cache") == [".walk-0-of-1"]
+    ran.clear()
+    assert _same(_run(_keeping(tmp_path / "cache", memory=memory), work), expected)
+    # Both runs together walk every node once: none in front of the second layer is run again.
+    assert len(before) + len(ran) == whole
+    assert last not in ran
+    assert _walks(tmp_path / "cache") == [".walk-0-of-1"]
+
+
+def test_a_damaged_snapshot_is_named_and_the_network_run_again(tmp_path: Path, ran: list[str]) -> None:
+    expected, folder, warnings = _run(_program(None)), tmp_path / "cache", list[str]()
+    _stopped(folder, 2)
+    path = next(folder.glob(".walk*"))
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(bytes(content))
+    ran.clear()
+    program = _keeping(folder, warnings)
+    first = next(iter(program.graph.graph.nodes)).name
+    assert _same(_run(program), expected)
+    assert first in ran
+    assert len(warnings) == 1
+    assert str(path) in warnings[0]
+    assert "the kept activations are damaged" in warnings[0]
+
+
+def test_a_snapshot_of_other_batches_is_not_taken(tmp_path: Path, ran: list[str]) -> None:
+    expected, folder = _run(_program(None)), tmp_path / "cache"
+    _stopped(folder, 2)
+    path = next(folder.glob(".walk*"))
+    path.rename(path.with_name(path.name.replace("-0-of-1-", "-0-of-2-")))  # of the first of two ranks
+    ran.clear()
+    program = _keeping(folder)
+    first = next(iter(program.graph.graph.nodes)).name
+    assert _same(_run(program), expected)
+    assert first in ran
+    assert _walks(folder) == [".walk-0-of-1"]  # the new one replaced it
+
+
+def test_a_disk_without_room_for_a_snapshot_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(snapshot, "write", full)
+    warnings = list[str]()
+    expected = _run(_program(None))
+    assert _same(_run(_keeping(tmp_path / "cache", warnings)), expected)
+    assert len(warnings) == 1
+    assert "activations are not kept: No space left on device" in warnings[0]
+
+
+def test_snapshots_are_not_taken_more_often_than_asked(tmp_path: Path) -> None:
+    _run(_program(tmp_path / "cache"))
+    assert _walks(tmp_path / "cache") == []  # it took less than half a minute
+
+
+def test_snapshots_are_dropped_when_a_rank_is_done(tmp_path: Path) -> None:
+    program = _keeping(tmp_path / "cache")
+    _run(program)
+    assert program.cache is not None
+    program.cache.drop_walks()
+    assert _walks(tmp_path / "cache") == []
+    assert program.cache.count() == 3
 
 
 def test_every_kind_of_weight_comes_back(tmp_path: Path) -> None:
