@@ -2,7 +2,8 @@
 
 PATH is a checkout of https://github.com/Vahe1994/AQLM. Both get the same weight and Hessian in the same process on one
 thread. Errors are relative layer errors tr(E H E^T) / tr(W H W^T), seconds those of the process's CPU. The reference
-runs k-means, then a beam search over all codes with --reference-beam; the table gives its error after it.
+runs k-means, then a beam search over all codes with --reference-beam; the table gives its error after it. --many takes
+the layer problem's inputs with many shared factors.
 
 Figures of another machine are only comparable by ratio; `yardstick` is what a 1024 x 1024 matrix product takes.
 Peak is the process's largest memory so far: run one size at a time to read it. --outputs N makes the problems N x size,
@@ -13,12 +14,13 @@ import argparse
 import contextlib
 import dataclasses
 import importlib
+import itertools
 import resource
 import sys
 import time
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ import torch
 from torch import Tensor
 
 from passes.aq import AQ, quantize_weight
-from tools.bench.problem import LayerProblem, layer_problem
+from tools.bench.problem import FEW, MANY, LayerProblem, layer_problem
 
 Quantize = Callable[[LayerProblem, AQ], Tensor]
 
@@ -94,34 +96,26 @@ def with_outputs(problem: LayerProblem, outputs: int) -> LayerProblem:
     return dataclasses.replace(problem, weight=torch.cat([weight, *mixed])[:outputs])
 
 
-def report(sizes: list[int], outputs: int, seeds: list[int], options: list[AQ], theirs: Quantize | None) -> None:
-    """Print one line for each size, seed and set of options; outputs 0 for square problems."""
-    columns = ["size", "seed", "codebooks", "bits a weight", "error", "s", "yardstick ms", "peak MB"]
+def report(problems: Iterable[LayerProblem], options: list[AQ], theirs: Quantize | None) -> None:
+    """Print one line for each problem and set of options."""
+    columns = ["size", "codebooks", "bits a weight", "error", "s", "yardstick ms", "peak MB"]
     if theirs is not None:
         columns += ["reference: error", "s", "error ratio", "time ratio"]
     print("| " + " | ".join(columns) + " |")
     print("|" + "---|" * len(columns))
-    for size in sizes:
-        for seed in seeds:
-            problem = with_outputs(layer_problem(size, seed), outputs or size)
-            for chosen in options:
-                error, seconds = measure(problem, chosen, ours)
-                bits = chosen.bits_per_parameter(*problem.weight.shape)
-                shape = f"{chosen.num_codebooks}x{chosen.codebook_bits} g{chosen.in_group_size}"
-                cells: list[object] = [
-                    f"{outputs or size} x {size}",
-                    seed,
-                    shape,
-                    f"{bits:.3f}",
-                    f"{error:.5f}",
-                    f"{seconds:.2f}",
-                ]
-                cells += [f"{yardstick() * 1e3:.0f}", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024]
-                if theirs is not None:
-                    their_error, their_seconds = measure(problem, chosen, theirs)
-                    cells += [f"{their_error:.5f}", f"{their_seconds:.2f}"]
-                    cells += [f"{error / their_error:.3f}", f"{seconds / their_seconds:.3f}"]
-                print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+    for problem in problems:
+        for chosen in options:
+            error, seconds = measure(problem, chosen, ours)
+            bits = chosen.bits_per_parameter(*problem.weight.shape)
+            shape = f"{chosen.num_codebooks}x{chosen.codebook_bits} g{chosen.in_group_size}"
+            size = " x ".join(map(str, problem.weight.shape))
+            cells: list[object] = [size, shape, f"{bits:.3f}", f"{error:.5f}", f"{seconds:.2f}"]
+            cells += [f"{yardstick() * 1e3:.0f}", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024]
+            if theirs is not None:
+                their_error, their_seconds = measure(problem, chosen, theirs)
+                cells += [f"{their_error:.5f}", f"{their_seconds:.2f}"]
+                cells += [f"{error / their_error:.3f}", f"{seconds / their_seconds:.3f}"]
+            print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
 
 def main() -> None:
@@ -130,6 +124,7 @@ def main() -> None:
     parser.add_argument("--sizes", default="512,1024", help="sizes of the square layer problems")
     parser.add_argument("--outputs", type=int, default=0, help="rows of the problems; 0: as many as columns")
     parser.add_argument("--seeds", default="0", help="seeds of the problems")
+    parser.add_argument("--many", action="store_true", help="inputs with many shared factors, not few")
     parser.add_argument("--codebooks", default="2,1", help="numbers of codebooks")
     parser.add_argument("--codebook-bits", type=int, default=8)
     parser.add_argument("--group", type=int, default=8, help="inputs of a block")
@@ -154,12 +149,16 @@ def main() -> None:
         for count in numbers(arguments.codebooks)
         for beam in numbers(arguments.beam)
     ]
-    sizes, seeds = numbers(arguments.sizes), numbers(arguments.seeds)
+    mixture = MANY if arguments.many else FEW
+    problems = (
+        with_outputs(layer_problem(size, seed, mixture), arguments.outputs or size)
+        for size, seed in itertools.product(numbers(arguments.sizes), numbers(arguments.seeds))
+    )
     if arguments.reference is None:
-        report(sizes, arguments.outputs, seeds, options, None)
+        report(problems, options, None)
     else:
         with reference(arguments.reference, arguments.reference_beam) as theirs:
-            report(sizes, arguments.outputs, seeds, options, theirs)
+            report(problems, options, theirs)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
 """The layer problem: a weight matrix and the second moments of its inputs, with the outliers of real networks.
 
 W [size, size]: Student-t(4) entries, times a lognormal(0, 0.3) for each row, 1 % of the columns times 4, scaled to a
-standard deviation of 0.02. X [4096, size]: a mixture of size / 8 shared normal factors plus a private part of a quarter
-of their amplitude, times a lognormal(0, 0.5) for each channel, 1 % of the channels times 10. H = X^T X / 4096.
+standard deviation of 0.02. X [4096, size]: a mixture of shared normal factors plus a private part, times a
+lognormal(0, 0.5) for each channel, 1 % of the channels times 10. H = X^T X / 4096.
+
+FEW is a mixture of size / 8 factors with a private part of a quarter of its amplitude. MANY has size / 2 and a tenth:
+what a channel leaves can be made up for only while enough others are to come, so that the order counts twice as much.
 """
 
 import dataclasses
@@ -11,7 +14,21 @@ import torch
 from torch import Tensor
 
 SAMPLES = 4096
-PRIVATE = 0.25
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """What inputs share.
+
+    factors   how many, as a fraction of the channels
+    private   amplitude of what they do not share
+    """
+
+    factors: float
+    private: float
+
+
+FEW, MANY = Mixture(1 / 8, 0.25), Mixture(1 / 2, 0.1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +46,7 @@ class LayerProblem:
         return float(((difference @ hessian) * difference).sum() / ((weight @ hessian) * weight).sum())
 
 
-def layer_problem(size: int, seed: int = 0) -> LayerProblem:
+def layer_problem(size: int, seed: int = 0, mixture: Mixture = FEW) -> LayerProblem:
     """The problem of this size and seed."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -45,9 +62,9 @@ def layer_problem(size: int, seed: int = 0) -> LayerProblem:
     weight[:, few()] *= 4
     weight *= 0.02 / weight.std()
 
-    factors = size // 8
+    factors = int(size * mixture.factors)
     inputs = normal(SAMPLES, factors) @ normal(factors, size) / factors**0.5
-    inputs += PRIVATE * normal(SAMPLES, size)
+    inputs += mixture.private * normal(SAMPLES, size)
     inputs *= torch.exp(0.5 * normal(size))
     inputs[:, few()] *= 10
     hessian = inputs.T @ inputs / SAMPLES
