@@ -1,6 +1,7 @@
 """What a long run says about itself while it runs, on stderr; results go to stdout."""
 
 import contextlib
+import datetime
 import sys
 import time
 from collections.abc import Iterator
@@ -8,8 +9,9 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, Task, TaskID, TextColumn
 from rich.progress import Progress as Bars
+from rich.text import Text
 
 PATIENCE_S = 2.0
 """A stage that takes no longer than this shows no bar."""
@@ -25,7 +27,7 @@ class Progress(Protocol):
         """A stage begins; the one before it is over."""
 
     def step(self, text: str, done: int, total: int) -> None:
-        """Inside the stage, `done` of `total` steps are over; `text` says which is next."""
+        """Inside the stage, `done` of `total` units of work are over; `text` says what is next."""
 
 
 class Silent:
@@ -56,8 +58,23 @@ class Lines:
         """Nothing: a log file is no place for a bar."""
 
 
+class _TimeLeft(ProgressColumn):
+    """The time until the end that a step foresaw. rich's own column forgets steps after half a minute."""
+
+    def render(self, task: Task) -> Text:
+        """Hours, minutes and seconds, once a step was measured."""
+        end = task.fields["end"]
+        if end is None:
+            return Text("")
+        seconds = max(0, round(end - time.monotonic()))
+        return Text(f"{datetime.timedelta(seconds=seconds)} left", style="progress.remaining")
+
+
 class RichProgress:
-    """A line and a bar with an estimate of the time left, on a terminal. A context manager: the bar goes at the end."""
+    """A line and a bar with an estimate of the time left, on a terminal. A context manager: the bar goes at the end.
+
+    The estimate goes by the work that is done and the time since the stage's first step.
+    """
 
     def __init__(self, console: Console | None = None) -> None:
         self._bars = Bars(
@@ -65,12 +82,13 @@ class RichProgress:
             TextColumn("{task.description}"),
             BarColumn(),
             TextColumn("{task.fields[text]}"),
-            TimeRemainingColumn(),
+            _TimeLeft(),
             console=console or Console(stderr=True),
             transient=True,
         )
         self._task: TaskID | None = None
         self._started = 0.0
+        self._first_step: float | None = None
 
     def __enter__(self) -> Self:
         self._bars.start()
@@ -85,13 +103,17 @@ class RichProgress:
         """Show the stage in place of the one before it."""
         if self._task is not None:
             self._bars.remove_task(self._task)
-        self._started = time.monotonic()
-        self._task = self._bars.add_task(name, total=None, text="")
+        self._started, self._first_step = time.monotonic(), None
+        self._task = self._bars.add_task(name, total=None, text="", end=None)
 
     def step(self, text: str, done: int, total: int) -> None:
         """Move the stage's bar."""
-        if self._task is not None and (done or time.monotonic() - self._started > PATIENCE_S):
-            self._bars.update(self._task, completed=done, total=total, text=text)
+        now = time.monotonic()
+        if not done or self._first_step is None:
+            self._first_step = now  # what took no time, as it was kept, is not work done
+        if self._task is not None and (done or now - self._started > PATIENCE_S):
+            end = now + (now - self._first_step) / done * (total - done) if done else None
+            self._bars.update(self._task, completed=done, total=total, text=text, end=end)
 
 
 @contextlib.contextmanager

@@ -104,7 +104,7 @@ class Program:
     memory         where results and waiting activations are kept
     cache          finished layers of this run and of one that was stopped, if they are kept
     ranks          the processes that work on this program together
-    on_step        told (layer, layers done, layers in all) by passes that take long
+    on_step        told (layer, work done, work in all), in units of its own, by passes that take long
     """
 
     graph: fx.GraphModule

@@ -95,9 +95,11 @@ class WeightPass(Pass):
         walk = Walk(program)
         stored_bits = weights = 0.0
         layers = program.layers()
+        left, done = sum(map(_cost, layers)), 0  # what comes from the cache takes no time, and counts for nothing
         key = self._first_key(program)
-        for done, layer in enumerate(layers):
-            program.on_step(layer.name, done, len(layers))
+        for layer in layers:
+            program.on_step(layer.name, done, done + left)
+            left -= _cost(layer)
             try:
                 work = self.for_layer(program, layer)
                 reason = work.reason_to_skip(program, layer)
@@ -112,6 +114,7 @@ class WeightPass(Pass):
                     if program.cache is not None and program.ranks.is_first:
                         program.cache.put(key, quantized)
                     walk.finished(key)
+                    done += _cost(layer)
                 else:
                     walk.passed(key)
             except PassError as error:
@@ -252,6 +255,11 @@ class GridPass(CodePass):
     def quantize_table(self, table: Tensor) -> QuantWeight:
         """On the pass's own grid."""
         return fit_grid(table, self.embeddings, -1, self.symmetric, self.scale_search).round(table)
+
+
+def _cost(layer: Layer) -> int:
+    """What the time that a layer takes goes by: its weights; a table takes next to none."""
+    return 0 if layer.kind == "embedding" else int(layer.weight.meta["val"].numel())
 
 
 def is_head(graph: fx.GraphModule, layer: Layer) -> bool:

@@ -51,3 +51,26 @@ def test_a_terminal_gets_the_stage_and_its_step() -> None:
     written = terminal.getvalue()
     assert "gptq" in written
     assert "blocks.0.fc1" in written
+
+
+def test_a_terminal_gets_the_time_left_by_the_work_that_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    terminal = io.StringIO()
+    with RichProgress(Console(file=terminal, force_terminal=True, width=100)) as bars:
+        bars.stage("gptq")
+        now = 100.0
+        bars.step("a", 0, 50)  # the walk to the first layer is no measure of layers
+        bars._bars.refresh()
+        assert "left" not in terminal.getvalue()
+        now = 160.0
+        bars.step("b", 1, 50)
+        bars._bars.refresh()
+        assert "0:49:00 left" in terminal.getvalue()
+        now = 190.0  # between two steps it counts down
+        bars._bars.refresh()
+        assert "0:48:30 left" in terminal.getvalue()
+        now = 280.0
+        bars.step("c", 3, 50)
+        bars._bars.refresh()
+        assert "0:47:00 left" in terminal.getvalue()

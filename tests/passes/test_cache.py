@@ -1,6 +1,7 @@
 """Finished layers on disk: a stopped run goes on to the same weights, and nothing stale or damaged is taken."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,18 @@ def _same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+def _stop_after(finished: int) -> Callable[[str, int, int], None]:
+    """Interrupts the run when so many layers are done."""
+    layers: list[str] = []
+
+    def stop(layer: str, done: int, total: int) -> None:
+        layers.append(layer)
+        if len(layers) > finished:
+            raise KeyboardInterrupt
+
+    return stop
+
+
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The layers that were quantized, not taken from a cache."""
@@ -85,11 +98,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path: Path, counted: list
     counted.clear()
     program, folder = _program(tmp_path / "cache"), tmp_path / "cache"
 
-    def stop(layer: str, done: int, total: int) -> None:
-        if done == finished:
-            raise KeyboardInterrupt
-
-    program.on_step = stop
+    program.on_step = _stop_after(finished)
     with pytest.raises(KeyboardInterrupt):
         _run(program)
     assert len(counted) == finished
@@ -157,13 +166,8 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def _stopped(folder: Path, finished: int, work: WeightPass | None = None, memory: Memory | None = None) -> None:
     """A run with a snapshot after every layer, stopped when so many are done."""
-
-    def stop(layer: str, done: int, total: int) -> None:
-        if done == finished:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        _run(dataclasses.replace(_keeping(folder, memory=memory), on_step=stop), work)
+        _run(dataclasses.replace(_keeping(folder, memory=memory), on_step=_stop_after(finished)), work)
 
 
 def _keeping(
@@ -195,6 +199,20 @@ def test_a_run_that_goes_on_walks_from_where_it_stood(
     assert len(before) + len(ran) == whole
     assert last not in ran
     assert _walks(tmp_path / "cache") == [".walk-0-of-1"]
+
+
+def test_what_is_left_counts_weights_that_are_not_kept_yet(tmp_path: Path) -> None:
+    sizes = [8 * 16, 16 * 16, 16 * 4]
+    steps: list[tuple[int, int]] = []
+    program = _program(tmp_path)
+    program.on_step = lambda layer, done, total: steps.append((done, total))
+    _run(program)
+    assert steps == [(0, sum(sizes)), (sizes[0], sum(sizes)), (sizes[0] + sizes[1], sum(sizes))]
+    steps.clear()
+    program = _program(tmp_path)
+    program.on_step = lambda layer, done, total: steps.append((done, total))
+    _run(program)
+    assert steps == [(0, sum(sizes)), (0, sizes[1] + sizes[2]), (0, sizes[2])]
 
 
 def test_a_damaged_snapshot_is_named_and_the_network_run_again(tmp_path: Path, ran: list[str]) -> None:
