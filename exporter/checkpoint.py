@@ -32,7 +32,8 @@ from exporter.formats.base import Packed
 from exporter.formats.meta import integers, typed
 from exporter.report import Json
 from passes.base import Program
-from passes.graph import Layer, copy_graph
+from passes.graph import Layer, copy_graph, get_tensor
+from passes.memory import release
 from passes.ops import FAKE_QUANTIZE, FAKE_QUANTIZE_DYNAMIC
 from passes.weight_nodes import read_weight, source_of
 from passes.weights import QuantWeight
@@ -138,6 +139,7 @@ def save_checkpoint(program: Program, folder: Path) -> Path:
                 tensors.pop(name, None)  # already when two layers share it
             entries[layer.name], packed = _packed(graph, layer, parts[0], tensors.keys())
             tensors.update({name: program.memory.keep(tensor) for name, tensor in packed.items()})
+            release(get_tensor(graph, node) for node in source.all_input_nodes if node.op == "get_attr")
     stored, aliases = _without_sharing(tensors)
     content = {
         "schema_version": SCHEMA_VERSION,
@@ -150,6 +152,7 @@ def save_checkpoint(program: Program, folder: Path) -> Path:
     mode = path.stat().st_mode
     save_file(stored, path, metadata={KEY: json.dumps(content, sort_keys=True)})
     path.chmod(mode)  # safetensors makes a file that only its owner can read
+    release(stored.values())
     return path
 
 

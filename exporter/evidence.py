@@ -21,9 +21,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, fx
 
+from exporter.lockstep import float_layers
 from exporter.metrics import Comparison
 from exporter.report import Evidence
-from exporter.validate import evaluate, layer_batches, own_output, quantize_input, run_layers
+from exporter.validate import evaluate, layer_batches, own_output, quantize_input
 from passes.base import Program
 from passes.calibration import Batch
 from passes.graph import Layer, find_layers, get_tensor
@@ -62,15 +63,16 @@ def gather(program: Program, progress: Callable[[int, int], None] = lambda done,
     batches = few_batches(program)
     for index, batch in enumerate(batches):
         progress(index, len(batches))
-        floats, inputs = run_layers(twin, twins, batch)
-        for name, layer in quantized.items():
-            run, value = runs[name], inputs[name]
+        for name, (value, expected) in float_layers(twin, twins, batch):
+            if name not in runs:
+                continue
+            run, layer = runs[name], quantized[name]
             if run.weight_only is not None:
                 alone = own_output(program.graph, layer, value, quantize=False)
-                run.weight_only.add(floats[name], alone.numpy())
+                run.weight_only.add(expected, alone.numpy())
             if run.input_only is not None:
                 rounded = quantize_input(program.graph, layer, value)
-                run.input_only.add(floats[name], own_output(twin, twins[name], rounded).numpy())
+                run.input_only.add(expected, own_output(twin, twins[name], rounded).numpy())
                 run.input.add(value, rounded, _static_range(program.graph, layer))
     return {
         name: _with_weight(runs[name].evidence(), program.graph, layer, twin, twins[name])

@@ -12,11 +12,13 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from exporter.evidence import few_batches
+from exporter.lockstep import InStep, float_layers, marked_layers
 from exporter.lowering.lowered import Lowered
 from exporter.report import Histogram
-from exporter.validate import evaluate, quantize_input, run_layers, run_marks
+from exporter.validate import evaluate, quantize_input
 from passes.base import Program
 from passes.graph import find_layers, get_tensor
+from passes.memory import release
 from passes.ops import FAKE_QUANTIZE, FAKE_QUANTIZE_DYNAMIC
 from passes.weight_nodes import is_quantized
 from runtimes.base import Array
@@ -57,10 +59,13 @@ def _values(program: Program, lowered: Lowered, names: Sequence[str]) -> Iterato
         if is_quantized(layer):
             before = get_tensor(twin, twins[name].weight)
             yield name, "weight", before.numpy(), evaluate(program.graph, layer.weight).numpy()
+            release([before])
     for batch in few_batches(program):
-        floats, inputs = run_layers(twin, twins, batch)
-        simulated = run_marks(lowered.simulated, batch)
-        for name, layer in quantized.items():
+        simulated = InStep(marked_layers(lowered.simulated, batch))
+        for name, (value, expected) in float_layers(twin, twins, batch):
+            if name not in quantized:
+                continue
+            layer = quantized[name]
             if layer.input.target in (FAKE_QUANTIZE, FAKE_QUANTIZE_DYNAMIC):
-                yield name, "input", inputs[name].numpy(), quantize_input(program.graph, layer, inputs[name]).numpy()
-            yield name, "output", floats[name], simulated[name]
+                yield name, "input", value.numpy(), quantize_input(program.graph, layer, value).numpy()
+            yield name, "output", expected, simulated.take(name)

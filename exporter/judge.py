@@ -1,15 +1,18 @@
 """Everything that can run here, against the float model: outputs, layers, stages, causes, metrics."""
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
 from exporter.backends.tensorrt.bundle import EngineResult
+from exporter.backends.tensorrt.cast import TYPES, cast, typed
+from exporter.backends.tensorrt.widen import in_float32
 from exporter.causes import explain, worth_a_look
 from exporter.engine import engine_session
 from exporter.evidence import gather
 from exporter.histograms import layer_histograms
 from exporter.kernels import kernel_of_layers, optimized_kernels
-from exporter.lowering.lowered import Lowered
+from exporter.lowering.lowered import Dtype, Lowered
 from exporter.progress import Progress
 from exporter.recipe import Recipe
 from exporter.report import AllSums, Report, Sums
@@ -34,6 +37,36 @@ def judge_all(
     progress: Progress,
 ) -> Report:
     """Outputs, layers and metrics of everything that can run here, against the float model."""
+    program.memory.settle()
+    if recipe.dtype == "float32":
+        return _judge(program, recipe, lowered, engine, folder, progress)
+    # The file is held to its graph without the rounding of 16 bits, which `simulated` has.
+    rounded = lowered["trt"]
+    with in_float32(rounded) as trt:
+        report = _judge(program, recipe, {**lowered, "trt": trt}, engine, folder, progress)
+    parity = dict(report.parity)
+    if recipe.dtype == "float16":  # onnxruntime has kernels, or casts of its own, for all of it
+        one, other = eager_session(program, rounded.simulated), OnDemand(OnnxRuntime(optimize=False), rounded.artifact)
+        parity["tensorrt_float16"] = compare_outputs(one, other, program.calibration.holdout)
+    return dataclasses.replace(report, parity=parity, cast={recipe.dtype: cast_alone(program, recipe.dtype)})
+
+
+def cast_alone(program: Program, dtype: Dtype) -> OutputFigures:
+    """The float model in a 16-bit type, in eager torch, against float32."""
+    float_model = program.float_twin or program.graph
+    halved = cast(typed(float_model, program.calibration.batches), TYPES[dtype])
+    reference = eager_session(program, program.reference)
+    return compare_outputs(reference, eager_session(program, halved), program.calibration.holdout)
+
+
+def _judge(
+    program: Program,
+    recipe: Recipe,
+    lowered: Mapping[str, Lowered],
+    engine: EngineResult | None,
+    folder: Path,
+    progress: Progress,
+) -> Report:
     main = lowered.get("onnx") or next(iter(lowered.values()))
     reference = eager_session(program, program.reference)
     sessions: dict[str, Session] = {"eager_quantized": eager_session(program, main.simulated)}
@@ -61,7 +94,7 @@ def judge_all(
         session = engine_session(trt, engine, folder, warnings)
         if session is not None:
             sessions["tensorrt"] = session
-            parity["tensorrt"] = (plain, session)
+            parity["tensorrt"] = (sessions["eager_quantized"], session)
     batches = program.calibration.holdout
     sums: dict[str, dict[str, Sums]] = {name: {} for name in sessions}
     outputs: dict[str, OutputFigures] = {
@@ -71,6 +104,7 @@ def judge_all(
     layers = compare_layers(
         program, main, kernels, lambda done, total: progress.step("layers", done, total), layer_sums
     )
+    program.memory.settle()
     if roomy:
         noises = measure_stages(program, lowered, lambda done, total: progress.step("stages", done, total), runtime)
         layers = with_stages(layers, noises)

@@ -27,14 +27,14 @@ from torch import Tensor, fx
 
 from exporter.errors import InputError
 from exporter.load import resolve_callable
+from exporter.lockstep import InStep, float_layers, marked_layers
 from exporter.lowering.lowered import Lowered, LoweredLayer
-from exporter.lowering.ops import MARK
 from exporter.metrics import Comparison, Figures, sqnr_db
 from exporter.report import LayerDiff, LayerSqnr, Sums
 from exporter.sample_sums import LAYER_BLOCKS, OUTPUT_BLOCKS, SampleSums
 from passes.base import Program
 from passes.calibration import Batch, cut
-from passes.graph import Layer, find_layers, get_tensor, inputs_of
+from passes.graph import Layer, find_layers, get_tensor
 from passes.memory import release
 from passes.ops import FAKE_QUANTIZE, FAKE_QUANTIZE_DYNAMIC
 from passes.weight_nodes import is_quantized
@@ -85,8 +85,8 @@ def layer_batches(program: Program) -> list[Batch]:
     """The held-out samples in batches small enough to hold every layer's output."""
     twin = program.float_twin or program.graph
     first = next(cut(program.calibration.holdout[0], 1))
-    outputs, _ = run_layers(twin, {layer.name: layer for layer in find_layers(twin)}, first)
-    size = max(1, sum(output.nbytes for output in outputs.values()))
+    layers = {layer.name: layer for layer in find_layers(twin)}
+    size = max(1, sum(output.nbytes for _, (_, output) in float_layers(twin, layers, first)))
     at_once = max(1, min(LAYER_BATCH, LAYER_BYTES // size))
     return [small for batch in program.calibration.holdout for small in cut(batch, at_once)]
 
@@ -112,21 +112,8 @@ def compare_layers(
     twins = {layer.name: layer for layer in find_layers(twin)}
     quantized = {layer.name: layer for layer in find_layers(program.graph)}
     found = {name: _LayerComparison() for name in quantized if name in twins}
-    batches = layer_batches(program)
-    with tempfile.TemporaryDirectory() as folder:
-        tapped = tapped_session(lowered, Path(folder))
-        for index, batch in enumerate(batches):
-            progress(index, len(batches))
-            floats, inputs = run_layers(twin, twins, batch)
-            simulated, plain = run_marks(lowered.simulated, batch), run_marks(lowered.graph, batch)
-            from_file = tapped.run(arrays(batch))
-            for name, comparison in found.items():
-                alone = own_output(program.graph, quantized[name], inputs[name])
-                comparison.own.add(floats[name], alone.numpy())
-                comparison.accumulated.add(floats[name], simulated[name])
-                comparison.sums.add(floats[name], simulated[name], len(next(iter(batch.values()))))
-                comparison.runtime.add(floats[name], from_file[lowered.taps[name]])
-                comparison.lowering.add(plain[name], from_file[lowered.taps[name]])
+    _run_networks(program, lowered, found, progress)
+    program.memory.settle()
     if sums is not None:
         sums |= {name: comparison.sums.blocks(LAYER_BLOCKS) for name, comparison in found.items()}
     stored = {layer.name: layer for layer in lowered.layers}
@@ -134,6 +121,34 @@ def compare_layers(
         _layer_diff(program, twin, twins[name], quantized[name], comparison, stored.get(name), kernels.get(name))
         for name, comparison in found.items()
     )
+
+
+def _run_networks(
+    program: Program,
+    lowered: Lowered,
+    found: Mapping[str, _LayerComparison],
+    progress: Callable[[int, int], None],
+) -> None:
+    """Add every layer of `found` in the networks, which advance side by side, to its comparison."""
+    twin = program.float_twin or program.graph
+    twins = {layer.name: layer for layer in find_layers(twin)}
+    quantized = {layer.name: layer for layer in find_layers(program.graph)}
+    batches = layer_batches(program)
+    with tempfile.TemporaryDirectory() as folder:
+        tapped = tapped_session(lowered, Path(folder))
+        for index, batch in enumerate(batches):
+            progress(index, len(batches))
+            from_file = tapped.run(arrays(batch))
+            simulated, plain = (InStep(marked_layers(graph, batch)) for graph in (lowered.simulated, lowered.graph))
+            for name, (value, expected) in float_layers(twin, twins, batch):
+                if name not in found:
+                    continue
+                comparison, in_network, in_file = found[name], simulated.take(name), from_file[lowered.taps[name]]
+                comparison.own.add(expected, own_output(program.graph, quantized[name], value).numpy())
+                comparison.accumulated.add(expected, in_network)
+                comparison.sums.add(expected, in_network, len(next(iter(batch.values()))))
+                comparison.runtime.add(expected, in_file)
+                comparison.lowering.add(plain.take(name), in_file)
 
 
 def _layer_diff(
@@ -170,53 +185,17 @@ def _layer_diff(
     )
 
 
-class _Recorder(fx.Interpreter):
-    """Keeps what `keep` makes of a node's arguments and value."""
-
-    def __init__(self, graph: fx.GraphModule, keep: Callable[[fx.Node, tuple[Any, ...], Any], None]) -> None:
-        super().__init__(graph)
-        self._keep = keep
-
-    def run_node(self, n: fx.Node) -> Any:
-        args, _ = self.fetch_args_kwargs_from_env(n)
-        value = super().run_node(n)
-        self._keep(n, args, value)
-        release(argument for argument in args if isinstance(argument, Tensor))
-        return value
-
-
-def _run(graph: fx.GraphModule, batch: Batch, keep: Callable[[fx.Node, tuple[Any, ...], Any], None]) -> None:
-    with torch.no_grad():
-        _Recorder(graph, keep).run(*(batch[str(node.target)] for node in inputs_of(graph)))
-
-
 def run_layers(
     twin: fx.GraphModule, layers: Mapping[str, Layer], batch: Batch
 ) -> tuple[dict[str, Array], dict[str, Tensor]]:
-    """{layer: output} and {layer: input} in the float twin."""
-    by_node = {layer.node: layer for layer in layers.values()}
-    outputs: dict[str, Array] = {}
-    inputs: dict[str, Tensor] = {}
-
-    def keep(node: fx.Node, args: tuple[Any, ...], value: Any) -> None:
-        layer = by_node.get(node)
-        if layer is not None:
-            outputs[layer.name], inputs[layer.name] = value.numpy(), args[layer.input_arg]
-
-    _run(twin, batch, keep)
-    return outputs, inputs
+    """{layer: output} and {layer: input} in the float twin, all of them at once."""
+    found = dict(float_layers(twin, layers, batch))
+    return {name: output for name, (_, output) in found.items()}, {name: value for name, (value, _) in found.items()}
 
 
 def run_marks(graph: fx.GraphModule, batch: Batch) -> dict[str, Array]:
-    """{layer: output} in a lowered graph."""
-    marks: dict[str, Array] = {}
-
-    def keep(node: fx.Node, args: tuple[Any, ...], value: Any) -> None:
-        if node.target is MARK:
-            marks[str(args[1])] = value.numpy()
-
-    _run(graph, batch, keep)
-    return marks
+    """{layer: output} in a lowered graph, all of them at once."""
+    return dict(marked_layers(graph, batch))
 
 
 def own_output(graph: fx.GraphModule, layer: Layer, value: Tensor, *, quantize: bool = True) -> Tensor:

@@ -7,6 +7,7 @@ releases it. With a limit, results and activations are moved into scratch files 
 
 import contextlib
 import ctypes
+import gc
 import math
 import mmap
 import tempfile
@@ -71,6 +72,15 @@ def free_at_once() -> None:
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
 
 
+def settle() -> None:
+    """Between two stages: give back what only cycles hold, every mapped page, and what the C library keeps."""
+    gc.collect()
+    for mapping in list(_MAPPINGS.values()):
+        mapping.madvise(mmap.MADV_DONTNEED)
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def is_mapped(tensor: Tensor) -> bool:
     """True when the tensor's values lie in a file mapped here."""
     start = tensor.data_ptr()
@@ -92,6 +102,11 @@ class Memory:
     def activations(self) -> float:
         """How many bytes of activations may wait in memory."""
         return self.limit / ACTIVATIONS_SHARE if self.limit else math.inf
+
+    def settle(self) -> None:
+        """With a limit: see `settle`."""
+        if self.limit:
+            settle()
 
     def keep(self, tensor: Tensor) -> Tensor:
         """A finished result: itself, or with a limit the same values in a file."""

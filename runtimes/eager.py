@@ -51,9 +51,9 @@ class _Interpreter(fx.Interpreter):
         self._release = release
 
     def run_node(self, n: fx.Node) -> Any:
-        constants = [self.env[node] for node in n.all_input_nodes if node.op == "get_attr"]
+        inputs = [self.env[node] for node in n.all_input_nodes]  # views of the graph's tensors among them
         value = super().run_node(n)
-        self._release(constants)
+        self._release(entry for entry in inputs if isinstance(entry, Tensor))
         return value
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, fx
 from exporter.lowering.ops import DOMAIN, TRANSLATIONS
 from passes.calibration import Batch
 from passes.graph import inputs_of
-from passes.memory import Memory, release_array
+from passes.memory import Memory, release, release_array
 from passes.weights import QuantWeight
 
 OPSET = 21
@@ -254,6 +254,8 @@ def _expand(
                 if key in node.metadata_props:
                     new.metadata_props[key] = node.metadata_props[key]
         _substitute(model, node, builder.nodes, result)
+        if scope in weights:
+            release([weights[scope].codes])
 
 
 def _remove_unread(model: ir.Model) -> None:
