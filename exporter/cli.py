@@ -92,6 +92,7 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--trt-flavor", metavar="auto|tensorrt|rtx", help="Which TensorRT builds. [default: auto]")
 @click.option("--trt-arch", metavar="LIST", help="GPU architectures of an rtx engine: sm80,sm89.")
 @click.option("--trt-profile", "trt_profiles", multiple=True, metavar="NAME=MIN/OPT/MAX", help="Shapes to build for.")
+@click.option("--dtype", metavar="float32|float16|bfloat16", help="Of a TensorRT engine's values. [default: float32]")
 @click.option("--seed", type=int, metavar="N", help="Of everything random. [default: 0]")
 @click.option(
     "--threads",

@@ -194,7 +194,8 @@ def _compile(
     with single_thread():  # a convolution, too, differs in its last bits between one thread and two
         clock.stage("capture")
         backends = [
-            backend_for(target, recipe.trt_arch, recipe.weights_as, recipe.trt_flavor) for target in recipe.target
+            backend_for(target, recipe.trt_arch, recipe.weights_as, recipe.trt_flavor, recipe.dtype)
+            for target in recipe.target
         ]
         prepared = prepare(loaded, recipe, given)
         pipeline = Pipeline(recipe.parsed_passes, PASSES)

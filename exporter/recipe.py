@@ -22,7 +22,7 @@ from typing import Any, Literal
 from exporter.budget_terms import parse_budget
 from exporter.errors import InputError
 from exporter.gates import parse_gate
-from exporter.lowering.lowered import WeightsAs
+from exporter.lowering.lowered import Dtype, WeightsAs
 from exporter.options import convert, nearest, shown
 from exporter.recipe_values import (
     Dynamic,
@@ -69,6 +69,7 @@ class Recipe:
     trt_flavor: Flavor = "auto"
     trt_arch: tuple[str, ...] = ()
     trt_profiles: Profiles = dataclasses.field(default_factory=dict)
+    dtype: Dtype = "float32"
     calib: str | None = None
     calib_samples: int = DEFAULT_SAMPLES
     inputs: tuple[InputSpec, ...] = ()
@@ -101,6 +102,8 @@ class Recipe:
                 raise InputError(f"{getattr(self, name)} is less than {least}", where=flag_of(name))
         if not self.target:
             raise InputError("no target", where="--target", fix="give onnx or trt")
+        if self.dtype != "float32" and "onnx" in self.target:
+            raise InputError(f"target onnx has no {self.dtype}", where="--dtype", fix="give --target trt alone")
         object.__setattr__(self, "layers", _checked_layers(self.layers, self.parsed_passes))
         for gate in self.gates:
             parse_gate(gate)

@@ -9,8 +9,10 @@
                  cosine, max_abs, kernel, why, evidence: see Evidence, causes: [{kind, why}],
                  stage: {name, inherited, after: [layer], own, total, typical: {stage: dB}} or null}]
     outputs    {runtime: {output: figures}}          runtimes: eager_quantized, onnxruntime, tensorrt
-    parity     {run: {output: figures}}              runs: onnxruntime, onnxruntime_unoptimized, tensorrt
+    parity     {run: {output: figures}}              runs: onnxruntime, onnxruntime_unoptimized, tensorrt,
+                                                     tensorrt_dialect, tensorrt_float16
     metrics    {name: {reference, eager_quantized, onnxruntime, tensorrt}}
+    cast       {dtype: {output: figures}}            with --dtype, the float model in it, nothing quantized
     sizes      {float_parameters, files: {name: bytes}}
     gates      [{expr, value, passed, measured, where}]
     sensitivity [{name, alone_sqnr_db, without_sqnr_db, gain_db, metrics: {name: {alone, without}}}]
@@ -259,6 +261,7 @@ class Report:
     layers: tuple[LayerDiff, ...] = ()
     outputs: Mapping[str, Mapping[str, OutputDiff]] = dataclasses.field(default_factory=dict)
     parity: Mapping[str, Mapping[str, OutputDiff]] = dataclasses.field(default_factory=dict)
+    cast: Mapping[str, Mapping[str, OutputDiff]] = dataclasses.field(default_factory=dict)
     metrics: Mapping[str, Mapping[str, float | None]] = dataclasses.field(default_factory=dict)
     sizes: Sizes = Sizes(float_parameters=0)
     gates: tuple[GateResult, ...] = ()
@@ -298,6 +301,7 @@ class Report:
                     "layers": tuple(_layer(entry) for entry in data["layers"]),
                     "outputs": _figures(data["outputs"]),
                     "parity": _figures(data["parity"]),
+                    "cast": _figures(data.get("cast", {})),
                     "sizes": Sizes(**data["sizes"]),
                     "gates": tuple(GateResult(**entry) for entry in data["gates"]),
                     "sample_sums": _all_sums(data.get("sample_sums", {})),

@@ -148,8 +148,8 @@ class _Forced(fx.Interpreter):
         if n.target is not MARK:
             return value
         name = str(n.args[1])
-        self.marks[name] = value.numpy()
-        return torch.from_numpy(self._values[name]) if name in self._values else value
+        self.marks[name] = value.float().numpy()
+        return torch.from_numpy(self._values[name]).to(value.dtype) if name in self._values else value
 
 
 def run_forced(graph: fx.GraphModule, batch: Batch, values: Mapping[str, Array]) -> Values:

@@ -18,9 +18,12 @@ TINY_SCALE = 1e-30
 
 @torch.library.custom_op("qexport::fake_quantize", mutates_args=())
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
-    """Quantize and dequantize `x` [...] by one `scale` [] and `zero_point` [] (int32)."""
-    codes = torch.round(x / scale).add_(zero_point).clamp_(quant_min, quant_max)
-    return codes.sub_(zero_point).mul_(scale)
+    """Quantize and dequantize `x` [...] by one `scale` [] and `zero_point` [] (int32).
+
+    Computed in float32 whatever the type of `x`, which the result has too: so do the runtimes.
+    """
+    codes = torch.round(x.float() / scale.float()).add_(zero_point).clamp_(quant_min, quant_max)
+    return codes.sub_(zero_point).mul_(scale.float()).to(x.dtype)
 
 
 @fake_quantize.register_fake

@@ -11,6 +11,9 @@ from runtimes.base import Artifact
 WeightsAs = Literal["auto", "fast", "compact"]
 """What a file's weights are stored for: the fastest kernel and a small file, the kernel alone, any runtime."""
 
+Dtype = Literal["float32", "float16", "bfloat16"]
+"""Type in which an artifact holds values between its layers."""
+
 
 @dataclasses.dataclass(frozen=True)
 class LoweredLayer:

@@ -28,6 +28,10 @@ RUNTIMES = {
     "onnxruntime": "onnxruntime",
     "onnxruntime_unoptimized": "onnxruntime, unoptimized",
     "tensorrt": "TensorRT",
+    "tensorrt_dialect": "TensorRT's file",
+    "tensorrt_float16": "TensorRT's file in float16",
+    "float16": "float model in float16",
+    "bfloat16": "float model in bfloat16",
 }
 
 
@@ -165,7 +169,7 @@ def layer_sqnr(layer: LayerDiff) -> float | None:
 def comparisons(report: Report) -> dict[str, list[tuple[str, Figures]]]:
     """{against what: (run and output, figures) of each}."""
     return {
-        "against float": _rows(report.outputs),
+        "against float": [*_rows(report.cast), *_rows(report.outputs)],
         "against quantized eager": _rows(report.parity),
     }
 

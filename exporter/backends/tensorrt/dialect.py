@@ -77,7 +77,7 @@ class TensorRTDialect(Dialect):
             rest = numpy_of((middle - weight.zero_point) * weight.scale).T
         if group_size < 0 and is_int4(codes, bits):
             scale, group_size = repeat_channel_scale(scale, weight.shape[1])
-        matrix, kind = matrix_of(b, codes, scale, bits, group_size, inputs_axis=0)
+        matrix, kind = matrix_of(b, codes, scale.astype(kind_of(node)), bits, group_size, inputs_axis=0)
         y = b.op("MatMul", x, matrix)
         if rest is not None:
             y = add_block_sums(b, x, y, rest, weight.shape, kind_of(node))
@@ -101,7 +101,7 @@ class TensorRTDialect(Dialect):
         assert isinstance(weight, AffineWeight), "a convolution on integers has one grid a channel"
         if weight.zero_point is not None:  # it runs in float
             return packed.reshaped(b, self._packed_matrix(b, node), list(shape.numpy()))
-        scale = numpy_of(weight.scale)
+        scale = numpy_of(weight.scale).astype(kind_of(node))
         codes = b.constant("weight_codes", numpy_of(weight.codes).reshape(shape.numpy()))
         scales = b.constant("weight_scale", scale.reshape(-1) if scale.size > 1 else scale[0, 0])
         self._record(b, node, "int8")
@@ -115,7 +115,8 @@ class TensorRTDialect(Dialect):
         if not isinstance(weight, AffineWeight) or weight.zero_point is not None or weight.axis != 1:
             return self._packed_matrix(b, node)
         codes, group_size = numpy_of(weight.codes), group_size_of(weight)
-        matrix, kind = matrix_of(b, codes, numpy_of(weight.scale), weight.bits, group_size, inputs_axis=1)
+        scale = numpy_of(weight.scale).astype(kind_of(node))
+        matrix, kind = matrix_of(b, codes, scale, weight.bits, group_size, inputs_axis=1)
         self._record(b, node, kind)
         return matrix
 

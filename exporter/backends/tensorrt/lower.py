@@ -13,11 +13,12 @@ from torch import fx
 
 from exporter.backends.base import Backend, LoweringError
 from exporter.backends.tensorrt.bundle import MODEL, Bundle, write_bundle
+from exporter.backends.tensorrt.cast import TYPES, cast, float_softmax, overflows, rounded_weight, typed
 from exporter.backends.tensorrt.dialect import TensorRTDialect
 from exporter.backends.tensorrt.plugin_dialect import KernelFiles, PluginDialect, kernel_files, write_kernels
 from exporter.backends.tensorrt.profiles import choose_profiles
 from exporter.lowering.fuse import fuse
-from exporter.lowering.lowered import Lowered
+from exporter.lowering.lowered import Dtype, Lowered
 from exporter.lowering.ops import LINEAR
 from exporter.lowering.to_onnx import expand, export, save
 from passes.base import Program, TargetRules
@@ -34,10 +35,12 @@ class TensorRTBackend(Backend):
 
     arch      the GPUs an rtx engine is for (sm80, sm89); none means all from Ampere on
     plugins   3-bit and codebook weights go into plugins, which full TensorRT has and TensorRT for RTX has not
+    dtype     type of the values between the layers; inputs and outputs of the network stay float32
     """
 
     arch: tuple[str, ...] = ()
     plugins: bool = False
+    dtype: Dtype = "float32"
 
     name: ClassVar[str] = "trt"
     rules: ClassVar[TargetRules] = TargetRules(
@@ -56,18 +59,30 @@ class TensorRTBackend(Backend):
     def lower(self, program: Program, folder: Path) -> Lowered:
         """Write model.onnx (and model.onnx.data for large ones), build.json and kernels/*.ptx into `folder`.
 
-        TensorRT's kernels add nothing of their own to the lowered graph: sums of int8 products are exact, biases and
-        all that is not quantized stay float. So `simulated` is the lowered graph itself.
+        TensorRT's kernels add nothing of their own to the lowered graph but the rounding of 16-bit types: sums of int8
+        products are exact, all that is not quantized stays float. So `simulated` is the graph in `dtype`, and `graph`
+        the same without that rounding, its constants rounded alike.
         """
         fused = fuse(program, block_quantizes_input=False, narrow_conv_input=True)
         refused = {**fused.refused, **refusals(fused.graph)}
         if refused:
             raise LoweringError(self.name, refused)
-        model = export(fused.graph, program.calibration.example(), program.dynamic, program.output_names)
+        graph = written = fused.graph
+        weights = fused.weights
+        if self.dtype != "float32":
+            dtype = TYPES[self.dtype]
+            found = typed(fused.graph, program.calibration.batches, exact_scales=self.plugins)
+            if refused := overflows(found, dtype):
+                raise LoweringError(self.name, refused)
+            written = cast(found, dtype, memory=program.memory)
+            graph = cast(found, dtype, hold=torch.float32, memory=program.memory)
+            weights = {name: rounded_weight(weight, dtype) for name, weight in weights.items()}
+        model = export(written, program.calibration.example(), program.dynamic, program.output_names)
+        float_softmax(model)
         dialect = PluginDialect() if self.plugins else TensorRTDialect()
-        taps = expand(model, dialect, fused.weights, program.memory)
+        taps = expand(model, dialect, weights, program.memory)
         save(model, folder / MODEL)
-        inputs = tuple(str(node.target) for node in inputs_of(fused.graph))
+        inputs = tuple(str(node.target) for node in inputs_of(graph))
         layers, kernels = tuple(dialect.layers), KernelFiles({}, {})
         if isinstance(dialect, PluginDialect):
             kernels = kernel_files(dialect.kernel_sets)
@@ -75,7 +90,7 @@ class TensorRTBackend(Backend):
         profiles = choose_profiles(program)
         write_bundle(folder, Bundle(inputs, program.output_names, profiles, self.arch, layers, kernels.described))
         artifact = Artifact("tensorrt", folder / MODEL, inputs, program.output_names)
-        return Lowered(artifact, fused.graph, fused.graph, layers, taps)
+        return Lowered(artifact, graph, written, layers, taps)
 
 
 def refusals(graph: fx.GraphModule) -> dict[str, str]:

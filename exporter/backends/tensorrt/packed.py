@@ -65,13 +65,14 @@ def grid(
     """Scales or zero points in a shape of the caller's; from their own codes, where they have any."""
     if quantized is None:
         return b.constant(name.replace(f"{CODES}_of", "weight"), numpy_of(values).astype(kind).reshape(shape))
-    return reshaped(b, affine_matrix_of_meta(b, name, quantized, kind), shape)
+    value = reshaped(b, affine_matrix_of_meta(b, name, quantized), shape)
+    return value if kind == np.float32 else b.op("Cast", value, to=ir.DataType.from_numpy(kind).value)
 
 
-def affine_matrix_of_meta(b: Builder, name: str, weight: AffineWeight, kind: Kind) -> ir.Value:
+def affine_matrix_of_meta(b: Builder, name: str, weight: AffineWeight) -> ir.Value:
     """The values of quantized scales or zero points [n], a byte each: a DequantizeLinear of blocks, and a shift.
 
-    (codes - z) s = (codes - 128) s + (128 - z) s.
+    (codes - z) s = (codes - 128) s + (128 - z) s, in float32: the two nearly cancel.
     """
     count = weight.codes.numel()
     groups = weight.scale.shape[1]
@@ -80,10 +81,11 @@ def affine_matrix_of_meta(b: Builder, name: str, weight: AffineWeight, kind: Kin
     codes = numpy_of(weight.codes).astype(np.int16).reshape(-1) - middle
     blocks = np.pad(codes, (0, groups * group - count)).reshape(groups, group).astype(np.int8)
     scale = weight.scale.numpy().reshape(groups)
-    value = b.op("DequantizeLinear", b.constant(name, blocks), b.constant(f"{name}_scale", scale.astype(kind)), axis=0)
+    scales = b.constant(f"{name}_scale", scale.astype(np.float32))
+    value = b.op("DequantizeLinear", b.constant(name, blocks), scales, axis=0)
     if weight.zero_point is not None:
         shift = (middle - weight.zero_point.numpy().reshape(groups)) * scale
-        value = b.op("Add", value, b.constant(f"{name}_shift", shift.astype(kind).reshape(groups, 1)))
+        value = b.op("Add", value, b.constant(f"{name}_shift", shift.astype(np.float32).reshape(groups, 1)))
     value = reshaped(b, value, [groups * group])
     return value if count == groups * group else cut(b, value, count, 0)
 
