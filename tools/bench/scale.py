@@ -1,26 +1,34 @@
 """Time and peak memory of the whole command against the number of parameters, on Llama-like models made on the spot.
 
-    python -m tools.bench.scale FOLDER --sizes 10M,100M,1.2B --memory 600MB
+    python -m tools.bench.scale FOLDER --sizes 10M,40M,100M,400M,1.2B --memory 600MB --plot docs/scale.svg
 
 The weights are random: this is about memory, time and parity, never accuracy. Peak memory is the kernel's own counter
-of the command's process (maximum resident set), mapped pages of the weights included.
+of the command's process (maximum resident set), mapped pages of the weights included; the command starts no other.
+
+Rows are kept in FOLDER/scale.json: sizes can be measured one at a time. Both figures are fitted over all rows by
+
+    y = a + b P,   P the parameters, a and b by least squares,   R^2 = 1 - sum (y - a - b P)^2 / sum (y - mean y)^2
 """
 
+import dataclasses
 import json
 import os
 import shutil
 import struct
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import torch
 from torch import Tensor
 
 SIZES = {
     "10M": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 10},
+    "40M": {"hidden_size": 640, "intermediate_size": 1792, "num_hidden_layers": 7},
     "100M": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8},
     "200M": {"hidden_size": 2048, "intermediate_size": 4096, "num_hidden_layers": 4},
     "400M": {"hidden_size": 1536, "intermediate_size": 4096, "num_hidden_layers": 14},
@@ -28,34 +36,58 @@ SIZES = {
 }
 VOCABULARY = 4096
 INDEX = "model.safetensors.index.json"
+ROWS = "scale.json"
 SAMPLES, LENGTH = 20, 32
 SHARD_BYTES = 500_000_000
 PASSES = "gptq:bits=4:group_size=128:refine=0:scale_search=minmax"
 
 
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One run of the command."""
+
+    parameters: int
+    seconds: float
+    peak_bytes: int
+    parity_db: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """y = intercept + slope P, and the share of the spread of y that it explains."""
+
+    intercept: float
+    slope: float
+    r_squared: float
+
+
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
-@click.option("--sizes", default="10M,100M,1.2B", show_default=True, help=f"Of {', '.join(SIZES)}.")
+@click.option("--sizes", default="10M,40M,100M,400M,1.2B", show_default=True, help=f"Of {', '.join(SIZES)}.")
 @click.option("--passes", default=PASSES, show_default=True)
 @click.option("--memory", default="600MB", show_default=True, help="For --memory; 0 leaves it out.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Also draw both against parameters (needs matplotlib).")
+@click.option("--plot", type=click.Path(path_type=Path), help="Also draw both figures of all rows, as SVG.")
 def main(folder: Path, sizes: str, passes: str, memory: str, plot: Path | None) -> None:
-    """Make the models in FOLDER, compile each, and print the table."""
-    print(f"{'size':>6} {'parameters':>12} {'float MB':>9} {'peak MB':>8} {'peak/float':>10} {'seconds':>8}  parity dB")
-    rows = []
-    for size in sizes.split(","):
-        model = folder / size
-        parameters = make(model, size)
-        seconds, peak, parity = compile_model(folder, size, passes, memory)
-        float_bytes = 4 * parameters
+    """Make the models in FOLDER, compile each, and print the table of all that were measured there."""
+    file = folder / ROWS
+    found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    for size in sizes.split(",") if sizes else []:
+        parameters = make(folder / size, size)
+        found[size] = dataclasses.asdict(compile_model(folder, size, parameters, passes, memory))
+        file.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    rows = sorted((Row(**row) for row in found.values()), key=lambda row: row.parameters)
+    print("| parameters | float, MB | peak, MB | peak / float | seconds | parity, dB |\n|---|---|---|---|---|---|")
+    for row in rows:
+        size, peak = 4 * row.parameters / 1e6, row.peak_bytes / 1e6
         print(
-            f"{size:>6} {parameters:>12,} {float_bytes / 1e6:>9.0f} {peak / 1e6:>8.0f} {peak / float_bytes:>10.2f}"
-            f" {seconds:>8.0f}  {parity:.0f}",
-            flush=True,
+            f"| {row.parameters:,} | {size:,.0f} | {peak:,.0f} | {peak / size:.2f} | {row.seconds:,.0f} |"
+            f" {row.parity_db:.0f} |"
         )
-        rows.append((parameters, seconds, peak))
+    if len(rows) > 1:
+        for label, line in fits(rows).items():
+            print(f"{label}: {line.intercept:.0f} + {line.slope * 1e6:.3f} per million, R^2 {line.r_squared:.4f}")
     if plot is not None:
-        draw(rows, plot)
+        plot.write_text(draw(rows), encoding="utf-8")
 
 
 def make(folder: Path, size: str) -> int:
@@ -128,8 +160,8 @@ def command_of(folder: Path, size: str, passes: str, out: Path) -> list[str]:
     return [*command, "--calib", calib, "--quiet", "--threads", "1", "--no-resume"]
 
 
-def compile_model(folder: Path, size: str, passes: str, memory: str) -> tuple[float, int, float]:
-    """Seconds, peak resident bytes, and onnxruntime's parity with eager torch in dB, of one run of the command."""
+def compile_model(folder: Path, size: str, parameters: int, passes: str, memory: str) -> Row:
+    """One run of the command; parity is onnxruntime's with eager torch."""
     out = folder / f"{size}.out"
     command = [sys.executable, *command_of(folder, size, passes, out)]
     command += ["--memory", memory] if memory != "0" else []
@@ -141,19 +173,69 @@ def compile_model(folder: Path, size: str, passes: str, memory: str) -> tuple[fl
         raise click.ClickException(f"the command failed for {size}")
     report = json.loads((out / "report.json").read_text(encoding="utf-8"))
     parity = report["parity"]["onnxruntime_unoptimized"]
-    return seconds, usage.ru_maxrss * 1024, min(figures["sqnr_db"] for figures in parity.values())
+    worst = min(figures["sqnr_db"] for figures in parity.values())
+    return Row(parameters, seconds, usage.ru_maxrss * 1024, worst)
 
 
-def draw(rows: list[tuple[int, float, int]], path: Path) -> None:
-    """Seconds and peak memory against parameters."""
-    from matplotlib import pyplot
+def fit(xs: Sequence[float], ys: Sequence[float]) -> Line:
+    """The line of least squares."""
+    slope, intercept = np.polyfit(xs, ys, 1)
+    rest = np.square(np.asarray(ys) - intercept - slope * np.asarray(xs)).sum()
+    return Line(float(intercept), float(slope), float(1 - rest / np.square(np.asarray(ys) - np.mean(ys)).sum()))
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.5))
-    for axis, index, label, unit in ((axes[0], 1, "seconds", 1.0), (axes[1], 2, "peak memory, MB", 1e6)):
-        axis.loglog([row[0] for row in rows], [row[index] / unit for row in rows], marker="o")
-        axis.set(xlabel="parameters", ylabel=label)
-    figure.tight_layout()
-    figure.savefig(path)
+
+def fits(rows: Sequence[Row]) -> dict[str, Line]:
+    """{what: its line} over the parameters."""
+    parameters = [float(row.parameters) for row in rows]
+    return {label: fit(parameters, [row[1] for row in points]) for label, points in series(rows).items()}
+
+
+def series(rows: Sequence[Row]) -> dict[str, list[tuple[int, float]]]:
+    """{what is drawn: (parameters, figure) of every row}."""
+    return {
+        "seconds": [(row.parameters, row.seconds) for row in rows],
+        "peak memory, MB": [(row.parameters, row.peak_bytes / 1e6) for row in rows],
+    }
+
+
+WIDTH, HEIGHT, LEFT, TOP, SPACE = 300, 200, 70, 40, 110
+
+
+def draw(rows: Sequence[Row]) -> str:
+    """Seconds and peak memory against parameters, with their lines, as the text of an SVG file."""
+    panels = [
+        _panel(label, points, fits(rows)[label], index) for index, (label, points) in enumerate(series(rows).items())
+    ]
+    size = f'width="{LEFT + 2 * (WIDTH + SPACE)}" height="{TOP + HEIGHT + 50}"'
+    style = 'font-family="sans-serif" font-size="12"'
+    body = "\n".join(panels)
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>\n<rect {size} fill="white"/>\n{body}\n</svg>\n'
+
+
+def _panel(label: str, points: Sequence[tuple[int, float]], line: Line, index: int) -> str:
+    left, bottom = LEFT + index * (WIDTH + SPACE), TOP + HEIGHT
+    right, top = max(x for x, _ in points) * 1.05, max(y for _, y in points) * 1.1
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        return round(left + WIDTH * x / right, 1), round(bottom - HEIGHT * y / top, 1)
+
+    (x0, y0), (x1, y1) = at(0, line.intercept), at(right, line.intercept + line.slope * right)
+    parts = [
+        f'<path d="M{left} {TOP}V{bottom}H{left + WIDTH}" fill="none" stroke="black"/>',
+        f'<path d="M{x0} {y0}L{x1} {y1}" stroke="#888" stroke-dasharray="4 3"/>',
+        f'<text x="{left}" y="{TOP - 22}" font-weight="bold">{label}</text>',
+        f'<text x="{left}" y="{TOP - 7}" fill="#555">{line.intercept:.0f} + {line.slope * 1e6:.2f} per million,'
+        f" R\u00b2 {line.r_squared:.4f}</text>",
+        f'<text x="{left + WIDTH / 2}" y="{bottom + 36}" text-anchor="middle">parameters, millions</text>',
+    ]
+    for part in range(5):
+        x, y = right * part / 4, top * part / 4
+        parts.append(f'<text x="{at(x, 0)[0]}" y="{bottom + 17}" text-anchor="middle">{x / 1e6:.0f}</text>')
+        parts.append(f'<text x="{left - 6}" y="{at(0, y)[1] + 4}" text-anchor="end">{y:,.0f}</text>')
+    for point in points:
+        x, y = at(*point)
+        parts.append(f'<circle cx="{x}" cy="{y}" r="4" fill="#1668b8"/>')
+    return "\n".join(parts)
 
 
 if __name__ == "__main__":
