@@ -88,7 +88,7 @@ def fit_grid(
     if group_size >= weight.shape[1]:
         group_size = -1
     grouped = _grouped(weight.float(), group_size)
-    costs = torch.ones(1, 1, 1)
+    costs = torch.ones(1, 1, 1, device=weight.device)
     if search == "hessian" and importance is not None:
         costs = _grouped(importance.expand_as(weight) if group_size == 0 else importance, group_size)
     costs = costs.expand(len(grouped), -1, -1)

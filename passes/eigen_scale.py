@@ -39,6 +39,6 @@ def eigen_adjusted(grid: AffineGrid, hessian: Tensor) -> AffineGrid:
 def _factors(hessian: Tensor, group_size: int) -> Tensor:
     """The factor of each group [groups] under one Hessian [in, in]; 1 where no input is alive."""
     mean = hessian.diagonal().mean()
-    columns = torch.arange(len(hessian)).split(group_columns(len(hessian), group_size))
+    columns = torch.arange(len(hessian), device=hessian.device).split(group_columns(len(hessian), group_size))
     largest = torch.stack([torch.linalg.eigvalsh(hessian[group][:, group])[-1] for group in columns])
     return torch.where(largest > 0, (mean / largest.clamp_min(torch.finfo(torch.float32).tiny)) ** POWER, 1.0)

@@ -119,7 +119,7 @@ def _quantize(weight: Tensor, hessians: Tensor, options: GPTQ, grid: AffineGrid 
     if options.act_order:
         order = diagonal.masked_fill(dead, -1).argsort(dim=-1, descending=True, stable=True)
     else:
-        order = torch.arange(columns).expand(problems, -1)
+        order = torch.arange(columns, device=weight.device).expand(problems, -1)
     factor = _unit_factor(_permuted(hessians, order.flip(-1)), dead.sum(-1), options.damp)
     if grid is None and options.group_size == 0:
         grid = _fit(alive, diagonal, options)
@@ -267,7 +267,7 @@ def _unit_factor(reversed_hessians: Tensor, dead: Tensor, damp: float) -> Tensor
     mean = torch.where(mean > 0, mean, 1.0)
     undamped = diagonal.clone()
     upper = reversed_hessians  # all are pending at first
-    pending = torch.arange(len(mean))
+    pending = torch.arange(len(mean), device=mean.device)
     while True:
         diagonal[pending] = undamped[pending] + damp * mean[pending, None]
         everything = len(pending) == len(mean)  # then nothing is copied: these are the largest matrices there are
@@ -301,4 +301,4 @@ def _permuted(hessians: Tensor, order: Tensor) -> Tensor:
 
 def _take(rows: Tensor, order: Tensor) -> Tensor:
     """Rows [problems, in, ...] in `order` [problems, in], as a contiguous copy."""
-    return rows.contiguous()[torch.arange(len(order))[:, None], order]
+    return rows.contiguous()[torch.arange(len(order), device=order.device)[:, None], order]

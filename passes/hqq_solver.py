@@ -88,7 +88,9 @@ class _Fit:
 
     def descend(self, scale: Tensor | float, base: Tensor | float, rounds: int) -> None:
         """So many rounds of steps from these levels; the best of all levels seen is kept."""
-        scale, base = (torch.as_tensor(level).expand_as(self.scale) for level in (scale, base))
+        scale, base = (
+            level if isinstance(level, Tensor) else torch.full_like(self.unit, level) for level in (scale, base)
+        )
         for step in range(rounds + 1):
             codes = ((self.values - base) / scale).round_().clamp_(0, self.top)
             residuals = torch.addcmul(base - self.values, codes, scale).abs_()
