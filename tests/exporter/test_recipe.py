@@ -60,6 +60,8 @@ def test_lists_and_the_texts_of_flags_are_accepted() -> None:
         ({"target": []}, "--target: no target"),
         ({"gates": ["sqnr>=20"]}, "--gate: unknown figure 'sqnr'; did you mean sqnr_db"),
         ({"provider": "gpu"}, "--provider: 'gpu' is not one of cpu, cuda, tensorrt"),
+        ({"dtype": "float16"}, "--dtype: target onnx has no float16; give --target trt alone"),
+        ({"dtype": "half", "target": "trt"}, "--dtype: 'half' is not one of float32, float16, bfloat16"),
         ({"weights_as": "small"}, "--weights-as: 'small' is not one of auto, fast, compact"),
         ({"layers": [{"match": "*", "weights_as": "x"}]}, "weights_as of '*': 'x' is not one of auto, fast, compact"),
         ({"seed": "zero"}, "--seed: 'zero' is not a whole number"),
