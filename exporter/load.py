@@ -31,7 +31,7 @@ from exporter.archive import inspect_archive
 from exporter.errors import InputError
 from exporter.foreign.base import ForeignWeight, Settings
 from exporter.foreign.folder import read_quantized, settings_of
-from exporter.mapped import map_safetensors
+from exporter.mapped import map_safetensors, weights_in_place
 from exporter.torch_files import check_torch_file
 from passes.memory import release
 
@@ -182,7 +182,7 @@ def _load_exported(path: Path, trust: bool) -> torch.export.ExportedProgram:
         inspect_archive(path)
     try:
         # Given a name, torch warns of all that do not end in .pt2.
-        with path.open("rb") as file, _silenced("torch.export"):
+        with path.open("rb") as file, _silenced("torch.export"), weights_in_place(path):
             program = torch.export.load(file)
     except Exception as error:
         raise InputError(

@@ -1,20 +1,30 @@
-"""Safetensors files mapped into memory: a tensor takes memory when it is read, and no longer than it is needed.
+"""Weights mapped into memory: a tensor takes memory when it is read, and no longer than it is needed.
 
-8 bytes       length n of the header, little endian
-n bytes       JSON {name: {dtype, shape, data_offsets: [begin, end]}}, and strings under __metadata__
-the rest      the tensors, offsets counted from here
+A safetensors file:
+
+    8 bytes       length n of the header, little endian
+    n bytes       JSON {name: {dtype, shape, data_offsets: [begin, end]}}, and strings under __metadata__
+    the rest      the tensors, offsets counted from here
+
+A torch.export archive is a zip file whose members are stored as they are, weights each in a member of its own. torch
+reads them through `PT2ArchiveReader`; while `weights_in_place` lasts it is given the mapped bytes instead. Only what
+the archive calls parameters: a graph may write to its buffers, and a mapped file must not be written to.
 """
 
+import contextlib
 import json
 import math
 import struct
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.export.pt2_archive import _package as archives
 
-from passes.memory import map_file
+from passes.memory import map_file, own_storage
 
 DTYPES = {
     "F64": torch.float64,
@@ -76,3 +86,57 @@ def _sizes(name: str, value: object, count: int | None = None) -> list[int]:
     ):
         raise ValueError(f"{name}: its shape or place in the file is not given in whole numbers")
     return value
+
+
+# ------------------------------------------------------------------------------------------- torch.export archives
+
+WEIGHTS = "data/weights/"
+WEIGHTS_CONFIG = f"{WEIGHTS}model_weights_config.json"
+
+
+@contextlib.contextmanager
+def weights_in_place(path: Path) -> Iterator[None]:
+    """Have `torch.export.load` map the parameters of the archive at `path` instead of reading them."""
+    package: Any = archives
+    reader: Any = package.PT2ArchiveReader
+
+    class Mapping(reader):  # type: ignore[misc]  # a class that is looked up at run time
+        def __init__(self, file: Any) -> None:
+            super().__init__(file)
+            self.archive_file: Any = _Records(self.archive_file, path)
+
+    package.PT2ArchiveReader = Mapping
+    try:
+        yield
+    finally:
+        package.PT2ArchiveReader = reader
+
+
+class _Records:
+    """torch's reader of an archive, but for the records of parameters, which are mapped."""
+
+    def __init__(self, reader: Any, path: Path) -> None:
+        self._reader = reader
+        self._parameters: set[str] = set()
+        with zipfile.ZipFile(path) as archive:
+            stored = all(member.compress_type == zipfile.ZIP_STORED for member in archive.infolist())
+        if stored and WEIGHTS_CONFIG in reader.get_all_records():
+            entries = json.loads(reader.get_record(WEIGHTS_CONFIG))["config"].values()
+            others = {entry["path_name"] for entry in entries if not entry["is_param"] or entry["use_pickle"]}
+            self._parameters = {
+                f"{WEIGHTS}{entry['path_name']}" for entry in entries if entry["path_name"] not in others
+            }
+        with path.open("rb") as file:
+            self._content = map_file(file, path.stat().st_size)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._reader, name)
+
+    def get_storage_from_record(self, name: str, count: int, dtype: torch.dtype) -> Tensor:
+        """The record's values [count], as torch's own reader returns them."""
+        start = self._reader.get_record_offset(name)
+        values = self._content[start : start + count * dtype.itemsize]
+        if name not in self._parameters or not count or values.data_ptr() % dtype.itemsize:
+            found: Tensor = self._reader.get_storage_from_record(name, count, dtype)
+            return found
+        return own_storage(values).view(dtype)

@@ -44,10 +44,22 @@ def map_file(file: BinaryIO, length: int) -> Tensor:
     return tensor
 
 
+def own_storage(mapped: Tensor) -> Tensor:
+    """The bytes of a mapped tensor as a uint8 tensor whose storage begins where they do."""
+    start = mapped.data_ptr()
+    for base, mapping in _MAPPINGS.items():
+        if base <= start < base + len(mapping):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)
+                return torch.frombuffer(mapping, dtype=torch.uint8, count=mapped.nbytes, offset=start - base)
+    raise ValueError("the tensor is not mapped")
+
+
 def release(tensors: Iterable[Tensor]) -> None:
     """Give back the memory of mapped tensors; others stay as they are."""
     for tensor in tensors:
-        _release(tensor.data_ptr(), tensor.nbytes)
+        if tensor.is_cpu:
+            _release(tensor.data_ptr(), tensor.nbytes)
 
 
 def release_array(array: NDArray[np.generic]) -> None:

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import Tensor, nn
 
+from exporter.load import load_model
 from exporter.mapped import DTYPES, map_safetensors
 from passes.memory import is_mapped
 
@@ -75,3 +77,57 @@ def test_a_broken_header_is_refused(tmp_path: Path, content: bytes) -> None:
     path.write_bytes(content)
     with pytest.raises(ValueError, match="header"):
         map_safetensors(path)
+
+
+class Counting(nn.Module):
+    """Two layers that share a weight, one of a type of 2 bytes, and a buffer that each run writes to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(16, 16)
+        self.tied = nn.Linear(16, 16)
+        self.tied.weight = self.first.weight
+        self.narrow = nn.Parameter(torch.randn(7).bfloat16())
+        self.empty = nn.Parameter(torch.empty(0, 16))
+        self.register_buffer("runs", torch.zeros(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.runs.add_(1)
+        return self.tied(self.first(x)) + self.narrow.float().sum() + self.empty.sum()
+
+
+def _archive(path: Path) -> Counting:
+    torch.manual_seed(0)
+    model = Counting().eval()
+    torch.export.save(torch.export.export(model, (torch.randn(2, 16),)), path)
+    return model
+
+
+def test_parameters_of_an_archive_are_mapped_and_as_saved(tmp_path: Path) -> None:
+    model = _archive(tmp_path / "m.pt2")
+    program = load_model(tmp_path / "m.pt2").program
+    assert program is not None
+    wanted = dict(model.named_parameters(remove_duplicate=False))
+    for name, value in program.named_parameters():
+        assert torch.equal(value, wanted[name])
+        assert value.dtype == wanted[name].dtype
+        assert is_mapped(value.detach()) == (value.numel() > 0), name
+    x = torch.randn(2, 16)
+    assert torch.equal(program.module()(x), model(x))
+
+
+def test_a_graph_may_write_to_its_buffers(tmp_path: Path) -> None:
+    _archive(tmp_path / "m.pt2")
+    program = load_model(tmp_path / "m.pt2").program
+    assert program is not None
+    assert not any(is_mapped(value) for value in program.buffers())
+    module = program.module()
+    module(torch.randn(2, 16))
+    assert torch.equal(dict(module.named_buffers())["runs"], torch.ones(3))
+
+
+def test_torch_reads_archives_by_itself_afterwards(tmp_path: Path) -> None:
+    _archive(tmp_path / "m.pt2")
+    load_model(tmp_path / "m.pt2")
+    program = torch.export.load(tmp_path / "m.pt2")
+    assert not any(is_mapped(value.detach()) for value in program.parameters())
