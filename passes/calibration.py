@@ -4,10 +4,11 @@ Sums over calibration data are bit-reproducible: the data is cut into the same b
 and partial sums are added in batch order.
 """
 
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, fx
@@ -42,11 +43,20 @@ class Stream:
     """Runs a graph over batches node by node, keeping only the values that later nodes still need.
 
     The graph may be edited in front of nodes that have not run yet. Values past what `memory` holds wait on disk.
+    Nodes run on `device`, where their values stay; constants come there for one node at a time. A node that reads
+    constants only, as that of a weight from its codes, runs once for all batches.
     """
 
-    def __init__(self, graph: fx.GraphModule, batches: Sequence[Batch], memory: Memory | None = None) -> None:
-        self._memory = memory or Memory()
-        self._interpreters = [fx.Interpreter(graph, garbage_collect_values=False) for _ in batches]
+    def __init__(
+        self,
+        graph: fx.GraphModule,
+        batches: Sequence[Batch],
+        memory: Memory | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        self._memory, self._device = memory or Memory(), device or torch.device("cpu")
+        self._interpreters = [_Interpreter(graph, self._device) for _ in batches]
+        self._constant: set[fx.Node] = set()
         for interpreter, batch in zip(self._interpreters, batches, strict=True):
             interpreter.args_iter = iter(_arguments(graph, batch))
         self._nodes = graph.graph.nodes
@@ -61,7 +71,7 @@ class Stream:
 
     def peek(self, node: fx.Node) -> list[Tensor]:
         """What `node`, the next to run, yields for each batch; it has not run yet and may still be changed."""
-        with torch.no_grad():
+        with torch.no_grad(), self._constants_of(node):
             return [interpreter.run_node(node) for interpreter in self._interpreters]
 
     def values(self, node: fx.Node) -> list[Tensor]:
@@ -89,6 +99,8 @@ class Stream:
         last = self._last = named[state.last]
         before = [*itertools.takewhile(lambda node: node is not last, self._nodes), last]
         placeholders = sum(node.op == "placeholder" for node in before)
+        for node in before:
+            self._note_constant(node)
         for interpreter, values in zip(self._interpreters, state.values, strict=True):
             interpreter.args_iter = itertools.islice(interpreter.args_iter, placeholders, None)
             interpreter.env.update({node: interpreter.run_node(node) for node in before if node.op == "get_attr"})
@@ -96,10 +108,13 @@ class Stream:
 
     def _run(self, node: fx.Node) -> None:
         spills = node.op != "get_attr" and self._waiting() > self._memory.activations
+        constant = self._note_constant(node)
+        with torch.no_grad(), self._constants_of(node):
+            for interpreter in self._interpreters:
+                first = self._interpreters[0]
+                value = first.env[node] if constant and interpreter is not first else interpreter.run_node(node)
+                interpreter.env[node] = self._memory.spill(value.cpu()) if spills and _is_tensor(value) else value
         for interpreter in self._interpreters:
-            with torch.no_grad():
-                value = interpreter.run_node(node)
-            interpreter.env[node] = self._memory.spill(value) if spills and isinstance(value, Tensor) else value
             release(_tensors(interpreter, node.all_input_nodes))
             for value in node.all_input_nodes:
                 # A get_attr costs nothing to keep; anything else goes once its last reader has run.
@@ -107,6 +122,26 @@ class Stream:
                     interpreter.env.pop(value, None)
             if not node.users and node.op != "output":
                 del interpreter.env[node]
+
+    def _note_constant(self, node: fx.Node) -> bool:
+        """True when the node's value is the same for every batch."""
+        reads = node.all_input_nodes
+        constant = node.op == "get_attr" or (bool(reads) and all(value in self._constant for value in reads))
+        if constant:
+            self._constant.add(node)
+        return constant
+
+    @contextlib.contextmanager
+    def _constants_of(self, node: fx.Node) -> Iterator[None]:
+        """The graph's tensors that the node reads, on the device inside the block, once for all batches."""
+        kept = {read: self._interpreters[0].env[read] for read in node.all_input_nodes if read.op == "get_attr"}
+        self._set({read: value.to(self._device) for read, value in kept.items()})
+        yield
+        self._set(kept)
+
+    def _set(self, values: Mapping[fx.Node, Any]) -> None:
+        for interpreter in self._interpreters:
+            interpreter.env.update(values)
 
     def _waiting(self) -> int:
         """Bytes of the values that wait for their readers, in memory or on disk."""
@@ -117,10 +152,26 @@ class Stream:
         )
 
 
+class _Interpreter(fx.Interpreter):
+    """Runs nodes on a device, wherever what they read is."""
+
+    def __init__(self, graph: fx.GraphModule, device: torch.device) -> None:
+        super().__init__(graph, garbage_collect_values=False)
+        self._device = device
+
+    def map_nodes_to_values(self, args: Any, n: fx.Node) -> Any:
+        """What a node's arguments stand for."""
+        values = super().map_nodes_to_values(args, n)
+        return fx.node.map_aggregate(values, lambda value: value.to(self._device) if _is_tensor(value) else value)
+
+
+def _is_tensor(value: object) -> TypeGuard[Tensor]:
+    return isinstance(value, Tensor)
+
+
 def _tensors(interpreter: fx.Interpreter, nodes: Iterable[fx.Node]) -> list[Tensor]:
     """The values of those nodes that are still there and are tensors."""
-    values = (interpreter.env.get(node) for node in nodes)
-    return [value for value in values if isinstance(value, Tensor)]
+    return [value for value in (interpreter.env.get(node) for node in nodes) if _is_tensor(value)]
 
 
 def run_graph(graph: fx.GraphModule, batches: Sequence[Batch]) -> list[tuple[Tensor, ...]]:

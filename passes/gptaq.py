@@ -24,6 +24,7 @@ from passes.eigen_scale import eigen_adjusted
 from passes.gptq import GPTQ
 from passes.graph import Layer
 from passes.ops import FAKE_QUANTIZE, FAKE_QUANTIZE_DYNAMIC
+from passes.ranks import Ranks
 from passes.refit_ranges import refit_ranges
 from passes.walk import Walk
 from passes.weights import AffineWeight
@@ -98,7 +99,8 @@ class GPTAQ(GPTQ):
     def quantize_layer(self, matrix: Tensor, layer: Layer, walk: Walk) -> AffineWeight:
         """quantize_weight with these options, on the layer's moments."""
         hessian = walk.hessian(layer)
-        return quantize_weight(matrix, hessian, self, cross=walk.cross(layer) if self.asymmetric else None)
+        cross = walk.cross(layer) if self.asymmetric else None
+        return quantize_weight(matrix, hessian, self, cross=cross, ranks=walk.ranks)
 
     @property
     def _act_quant(self) -> ActQuant:
@@ -106,18 +108,21 @@ class GPTAQ(GPTQ):
         return ActQuant(bits=self.act_bits, mode=mode, method="minmax" if self.activations == "rtn" else "mse")
 
 
-def quantize_weight(weight: Tensor, hessian: Tensor, options: GPTAQ, cross: Tensor | None = None) -> AffineWeight:
+def quantize_weight(
+    weight: Tensor, hessian: Tensor, options: GPTAQ, cross: Tensor | None = None, ranks: Ranks | None = None
+) -> AffineWeight:
     """Quantize `weight` [out, in] to act on inputs Xq as it did on X.
 
     hessian  Xq^T Xq / n, [in, in] or [groups, in, in]
     cross    X^T Xq / n, shaped as `hessian`; without it, this is gptq.quantize_weight
+    ranks    share the outputs, as there
 
     Raises PassError as gptq.quantize_weight does.
     """
     if cross is not None and options.asymmetric:
         weight = shifted_weight(weight, hessian, cross, ridge=options.ridge, alpha=options.alpha)
     if not options.eig:
-        return gptq.quantize_weight(weight, hessian, options)
+        return gptq.quantize_weight(weight, hessian, options, ranks=ranks)
     diagonal = hessian.diagonal(dim1=-2, dim2=-1).view(-1, hessian.shape[-1])  # [groups, in]
     importance = diagonal.repeat_interleave(len(weight) // len(diagonal), dim=0)
     grid = fit_grid(weight, options.bits, options.group_size, options.symmetric, options.scale_search, importance)

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from passes.affine_grid import AffineGrid, ScaleSearch, fit_grid
 from passes.base import PassError
+from passes.device import to_cpu
 from passes.graph import Layer
 from passes.ranks import Ranks
 from passes.refine import OUTPUTS_AT_ONCE, refine
@@ -100,7 +101,7 @@ def quantize_weight(
             return _quantize_and_refine(weight, hessians, options, grid)
         units = ranks.units(-(-len(weight) // OUTPUTS_AT_ONCE))
         mine = weight[units.start * OUTPUTS_AT_ONCE : units.stop * OUTPUTS_AT_ONCE]
-        parts = ranks.gather(_quantize_and_refine(mine, hessians, options, None) if len(mine) else None)
+        parts = ranks.gather(to_cpu(_quantize_and_refine(mine, hessians, options, None)) if len(mine) else None)
         return _joined([part for part in parts if part is not None], 1)
 
 

@@ -46,6 +46,9 @@ def moments_of(layer: Layer, lefts: Sequence[Tensor], rights: Sequence[Tensor], 
     total, count = ShardSum(part.ranks, part.total), 0
     with single_thread():
         for index, left, right in zip(part.batches, lefts, rights, strict=True):
+            same = left is right
+            right = right.to(part.ranks.device)
+            left = right if same else left.to(part.ranks.device)
             for rows in _pairs(layer, left, right):
                 total.add(index, rows[0].mT @ rows[1])
                 count += rows[1].shape[1]

@@ -93,6 +93,15 @@ def settle() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def many_files() -> None:
+    """Let this process have as many files open as it may: every mapping holds one, every layer a few mappings."""
+    with contextlib.suppress(ImportError, ValueError, OSError):  # another system, or one that refuses
+        import resource
+
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def is_mapped(tensor: Tensor) -> bool:
     """True when the tensor's values lie in a file mapped here."""
     start = tensor.data_ptr()
@@ -109,6 +118,7 @@ class Memory:
         self.limit, self._folder = limit, folder
         if limit:
             free_at_once()
+            many_files()
 
     @property
     def activations(self) -> float:

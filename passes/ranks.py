@@ -13,20 +13,24 @@ of a layer are divided in units that one process, too, works on one at a time.
 import dataclasses
 from typing import TypeVar
 
+import torch
 import torch.distributed
 from torch import Tensor
 
 SHARDS = 8
+CPU = torch.device("cpu")
 
 T = TypeVar("T")
+Place = TypeVar("Place")
 
 
 @dataclasses.dataclass(frozen=True)
 class Ranks:
-    """This process and the others; by default there are no others."""
+    """This process and the others; by default there are no others. `device` is where this one computes."""
 
     rank: int = 0
     world: int = 1
+    device: torch.device = CPU
 
     @property
     def is_first(self) -> bool:
@@ -49,6 +53,19 @@ class Ranks:
             return [value]
         found: list[T] = [value] * self.world
         torch.distributed.all_gather_object(found, value)
+        return found
+
+    def together(self, tensors: dict[Place, Tensor]) -> dict[Place, Tensor]:
+        """Every rank's tensors under their places, no two of which are the same; all on this one's device."""
+        if self.world == 1:
+            return tensors
+        found = {}
+        shapes = {place: (tuple(tensor.shape), tensor.dtype) for place, tensor in tensors.items()}
+        for rank, theirs in enumerate(self.gather(shapes)):
+            for place, (shape, dtype) in theirs.items():
+                mine = rank == self.rank
+                found[place] = tensors[place] if mine else torch.empty(shape, dtype=dtype, device=self.device)
+                torch.distributed.broadcast(found[place], src=rank)
         return found
 
     def from_first(self, value: T) -> T:
@@ -87,8 +104,7 @@ class ShardSum:
     def total(self) -> Tensor | None:
         """The sum over all ranks; None when nobody had anything to add."""
         self._finish(self._mine.stop)
-        for nodes in self._ranks.gather(self._nodes):
-            self._nodes = {**self._nodes, **nodes}
+        self._nodes = self._ranks.together(self._nodes)
         return self._sum(SHARDS.bit_length() - 1, 0)
 
     def _finish(self, shard: int) -> None:

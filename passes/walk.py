@@ -15,19 +15,22 @@ from passes.layer_inputs import Part, hessian_of, moments_of
 
 
 class Walk:
-    """Moments of layers' inputs as the graph is when their turn comes; every rank runs its own batches through it."""
+    """Moments of layers' inputs as the graph is when their turn comes; every rank runs its own batches through it.
+
+    Moments are made, and are, on the rank's device.
+    """
 
     def __init__(self, program: Program) -> None:
         everything = program.calibration.batches
         self.ranks = program.ranks
         self._part = Part(self.ranks, self.ranks.batches(len(everything)), len(everything))
         batches = [everything[index] for index in self._part.batches]
-        self._stream = Stream(program.graph, batches, program.memory)
+        self._stream = Stream(program.graph, batches, program.memory, self.ranks.device)
         self._streams = [self._stream]
         self._floats: Stream | None = None
         self._twins: dict[str, Layer] = {}
         if program.float_twin is not None:
-            self._floats = Stream(program.float_twin, batches, program.memory)
+            self._floats = Stream(program.float_twin, batches, program.memory, self.ranks.device)
             self._streams.append(self._floats)
             self._twins = {layer.name: layer for layer in find_layers(program.float_twin)}
         self._reads: list[object] = []

@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from passes.affine_grid import ScaleSearch, fit_grid
 from passes.base import Pass, PassError, PassResult, Program, Skip
 from passes.cache import first_key, next_key
+from passes.device import to_cpu
 from passes.graph import Layer, aten, outputs_of, weight_of
 from passes.memory import release
 from passes.ops import FAKE_QUANTIZE, FAKE_QUANTIZE_DYNAMIC
@@ -110,7 +111,7 @@ class WeightPass(Pass):
                 matrix = layer.to_matrix(weight_of(program.graph, layer))
                 quantized = self._kept(program, key, layer)
                 if quantized is None:
-                    quantized = work._quantized(matrix, layer, walk)
+                    quantized = to_cpu(work._quantized(matrix.to(program.ranks.device), layer, walk))
                     if program.cache is not None and program.ranks.is_first:
                         program.cache.put(key, quantized)
                     walk.finished(key)

@@ -14,13 +14,13 @@ WORLDS = [1, 2, 3, 4, 5, 8, 11]
 
 
 class _Together(Ranks):
-    """Ranks of one process: what each gathers was put there by all."""
+    """Ranks of one process: what is brought together was put there by all."""
 
-    def gather(self, value: object) -> list:  # type: ignore[type-arg]  # of whatever the caller gathers
+    def together(self, tensors: object) -> dict:  # type: ignore[type-arg]  # of whatever the caller has
         return BOARD
 
 
-BOARD: list[object] = []
+BOARD: dict[object, Tensor] = {}
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -62,7 +62,7 @@ def test_the_sum_is_that_of_the_tree_to_the_bit(count: int) -> None:
         assert expected is not None
         for total in sums:
             # Sums are made in place, so that every rank of a real run has nodes of its own.
-            BOARD = [{place: value.clone() for place, value in own.items()} for own in nodes]
+            BOARD = {place: value.clone() for own in nodes for place, value in own.items()}
             found = total.total()
             assert found is not None
             assert torch.equal(found, expected)
