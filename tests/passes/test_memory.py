@@ -1,6 +1,8 @@
 """Mapped tensors: their values, what releasing them gives back, and spilling past a limit."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from passes.calibration import Stream
-from passes.memory import ACTIVATIONS_SHARE, Memory, is_mapped, map_file, release
+from passes.memory import ACTIVATIONS_SHARE, Memory, is_mapped, map_file, own_storage, release, settle
 
 MEGABYTE = 1 << 20
 LINUX = Path("/proc/self/status")
@@ -78,3 +80,45 @@ def test_a_stream_past_the_limit_waits_on_disk_with_the_same_values() -> None:
     for expected, value in zip(whole.values(nodes[2]), bounded.values(nodes[2]), strict=True):
         assert is_mapped(value)
         assert torch.equal(expected, value)
+
+
+@pytest.mark.skipif(not LINUX.exists(), reason="reads the kernel's figures from /proc")
+def test_settling_gives_back_every_mapped_page(tmp_path: Path) -> None:
+    memory = Memory(limit=1, folder=tmp_path)
+    kept = [memory.keep(torch.full((MEGABYTE,), float(index))) for index in range(8)]
+    assert [float(values.sum()) for values in kept] == [float(index * MEGABYTE) for index in range(8)]
+    before = _resident()
+    settle()
+    # All 32 MB; pages of libraries may go or come meanwhile.
+    assert before - _resident() > 30 * MEGABYTE
+    assert [float(values.sum()) for values in kept] == [float(index * MEGABYTE) for index in range(8)]
+
+
+def test_a_storage_of_its_own_begins_where_the_bytes_do(tmp_path: Path) -> None:
+    path = tmp_path / "values"
+    path.write_bytes(bytes(range(200)))
+    with path.open("rb") as file:
+        content = map_file(file, 200)
+    part = own_storage(content[50:60])
+    assert part.tolist() == list(range(50, 60))
+    assert part.untyped_storage().data_ptr() == part.data_ptr() == content.data_ptr() + 50
+    assert is_mapped(part)
+    with pytest.raises(ValueError, match="not mapped"):
+        own_storage(torch.zeros(3))
+
+
+MANY = """
+import resource, torch
+from passes.memory import Memory
+most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, most))
+memory = Memory(limit=1)
+kept = [memory.keep(torch.full((10,), index)) for index in range(100)]
+print(sum(int(values.sum()) for values in kept))
+"""
+
+
+@pytest.mark.skipif(not LINUX.exists(), reason="limits of open files as Linux has them")
+def test_more_layers_than_files_that_may_be_open_at_first() -> None:
+    done = subprocess.run([sys.executable, "-c", MANY], capture_output=True, text=True, check=False)
+    assert done.stdout == "49500\n", done.stderr
