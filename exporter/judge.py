@@ -38,17 +38,20 @@ def judge_all(
 ) -> Report:
     """Outputs, layers and metrics of everything that can run here, against the float model."""
     program.memory.settle()
-    if recipe.dtype == "float32":
+    rounded = lowered.get("trt")
+    if rounded is None or rounded.graph is rounded.simulated:
         return _judge(program, recipe, lowered, engine, folder, progress)
-    # The file is held to its graph without the rounding of 16 bits, which `simulated` has.
-    rounded = lowered["trt"]
+    # The file is held to its graph without the rounding to 16 bits that `simulated` has.
     with in_float32(rounded) as trt:
         report = _judge(program, recipe, {**lowered, "trt": trt}, engine, folder, progress)
     parity = dict(report.parity)
-    if recipe.dtype == "float16":  # onnxruntime has kernels, or casts of its own, for all of it
+    if recipe.dtype != "bfloat16":  # for which onnxruntime has few kernels
         one, other = eager_session(program, rounded.simulated), OnDemand(OnnxRuntime(optimize=False), rounded.artifact)
-        parity["tensorrt_float16"] = compare_outputs(one, other, program.calibration.holdout)
-    return dataclasses.replace(report, parity=parity, cast={recipe.dtype: cast_alone(program, recipe.dtype)})
+        parity["tensorrt_16_bit"] = compare_outputs(one, other, program.calibration.holdout)
+    alone: dict[str, OutputFigures] = {}
+    if recipe.dtype != "float32":
+        alone[recipe.dtype] = cast_alone(program, recipe.dtype)
+    return dataclasses.replace(report, parity=parity, cast=alone)
 
 
 def cast_alone(program: Program, dtype: Dtype) -> OutputFigures:

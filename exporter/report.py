@@ -10,7 +10,7 @@
                  stage: {name, inherited, after: [layer], own, total, typical: {stage: dB}} or null}]
     outputs    {runtime: {output: figures}}          runtimes: eager_quantized, onnxruntime, tensorrt
     parity     {run: {output: figures}}              runs: onnxruntime, onnxruntime_unoptimized, tensorrt,
-                                                     tensorrt_dialect, tensorrt_float16
+                                                     tensorrt_dialect (all in float32), tensorrt_16_bit
     metrics    {name: {reference, eager_quantized, onnxruntime, tensorrt}}
     cast       {dtype: {output: figures}}            with --dtype, the float model in it, nothing quantized
     sizes      {float_parameters, files: {name: bytes}}

@@ -29,7 +29,7 @@ RUNTIMES = {
     "onnxruntime_unoptimized": "onnxruntime, unoptimized",
     "tensorrt": "TensorRT",
     "tensorrt_dialect": "TensorRT's file",
-    "tensorrt_float16": "TensorRT's file in float16",
+    "tensorrt_16_bit": "TensorRT's file, 16-bit",
     "float16": "float model in float16",
     "bfloat16": "float model in bfloat16",
 }

@@ -16,6 +16,7 @@ from exporter.backends.tensorrt.bundle import MODEL, Bundle, write_bundle
 from exporter.backends.tensorrt.cast import TYPES, cast, float_softmax, overflows, rounded_weight, typed
 from exporter.backends.tensorrt.dialect import TensorRTDialect
 from exporter.backends.tensorrt.plugin_dialect import KernelFiles, PluginDialect, kernel_files, write_kernels
+from exporter.backends.tensorrt.plugin_rounding import rounded_in_plugins
 from exporter.backends.tensorrt.profiles import choose_profiles
 from exporter.lowering.fuse import fuse
 from exporter.lowering.lowered import Dtype, Lowered
@@ -61,7 +62,7 @@ class TensorRTBackend(Backend):
 
         TensorRT's kernels add nothing of their own to the lowered graph but the rounding of 16-bit types: sums of int8
         products are exact, all that is not quantized stays float. So `simulated` is the graph in `dtype`, and `graph`
-        the same without that rounding, its constants rounded alike.
+        the same without that rounding, its constants rounded alike. Both have the float16 that plugins read and yield.
         """
         fused = fuse(program, block_quantizes_input=False, narrow_conv_input=True)
         refused = {**fused.refused, **refusals(fused.graph)}
@@ -89,6 +90,9 @@ class TensorRTBackend(Backend):
             write_kernels(folder, kernels)
         profiles = choose_profiles(program)
         write_bundle(folder, Bundle(inputs, program.output_names, profiles, self.arch, layers, kernels.described))
+        if self.dtype == "float32":
+            written = rounded_in_plugins(written, layers, activations=True)
+            graph = rounded_in_plugins(graph, layers, activations=False)
         artifact = Artifact("tensorrt", folder / MODEL, inputs, program.output_names)
         return Lowered(artifact, graph, written, layers, taps)
 

@@ -231,7 +231,7 @@ def test_the_report_shows_what_the_cast_alone_costs(dtype: Dtype, tmp_path: Path
     assert ROUNDED_DB[dtype] - 6 <= figures.sqnr_db < 77
     assert report.outputs["eager_quantized"][output].sqnr_db < figures.sqnr_db  # which has the cast in it
     assert report.parity["tensorrt_dialect"][output].sqnr_db >= SAME
-    assert ("tensorrt_float16" in report.parity) == (dtype == "float16")
+    assert ("tensorrt_16_bit" in report.parity) == (dtype == "float16")
     assert not any(is_fault(layer.stage) for layer in report.layers)
     assert Report.from_json(report.to_json()).cast[dtype][output].sqnr_db == pytest.approx(figures.sqnr_db, rel=1e-6)
     for text in ((tmp_path / "out" / name).read_text(encoding="utf-8") for name in ("report.md", "report.html")):

@@ -26,10 +26,12 @@ from exporter.backends.tensorrt.bundle import finish, read_bundle
 from exporter.backends.tensorrt.lower import TensorRTBackend
 from exporter.backends.tensorrt.plugin import INPUTS, grid_of, register
 from exporter.backends.tensorrt.plugin_dialect import PluginDialect, codebook_tensors, int3_tensors
+from exporter.backends.tensorrt.widen import in_float32
 from exporter.gpu_kernels import ceil_div, codebook_kernels, int3_kernels
 from exporter.lowering.lowered import Lowered
 from passes.act_quant import ActQuant
 from passes.base import Program
+from passes.calibration import run_graph
 from passes.fold_bn import FoldBatchNorm
 from passes.weights import AffineWeight, CodebookWeight
 from tests.exporter.backends.tensorrt_stand_in import (
@@ -45,8 +47,8 @@ from tests.exporter.backends.tensorrt_stand_in import (
     plugin_layer,
 )
 from tests.exporter.backends.test_onnx_lowbit import Make, affine, codebooks, with_weights
-from tests.exporter.backends.test_tensorrt_packed import Pair, numbers, parity
-from tests.exporter.compiled import program_of, quantized
+from tests.exporter.backends.test_tensorrt_packed import SAME, Pair, numbers, parity
+from tests.exporter.compiled import program_of, quantized, sqnr
 from tests.passes.nets import seeded
 
 __all__ = ["plugin_layer"]  # a fixture
@@ -134,6 +136,20 @@ def test_a_layer_is_one_plugin_node_that_any_runtime_can_compute(label: str, low
             "aot": 1,
         }
     assert parity(result, numbers(3, 3, COLUMNS)) >= HALF
+
+
+@pytest.mark.ort
+@pytest.mark.parametrize("label", PLUGIN_CASES)
+def test_the_cast_in_front_of_a_plugin_is_in_the_graph(label: str, lowered: Callable[[str], Lowered]) -> None:
+    """So that comparing the two does not show it: in float32 they are one, and `simulated` has the roundings."""
+    result, program = lowered(label), pair(PLUGIN_CASES[label][0])
+    with in_float32(result) as wide:
+        assert parity(wide, numbers(4, 3, COLUMNS)) >= SAME
+    (exact,), (rounded,) = (run_graph(graph, [numbers(4, 3, COLUMNS)])[0] for graph in (result.graph, result.simulated))
+    assert HALF <= sqnr(exact, rounded) < 80  # not one value of the result has more than 11 bits: 77 dB
+    assert torch.equal(rounded, rounded.half().float())
+    (unrounded,) = run_graph(program.graph, [numbers(4, 3, COLUMNS)])[0]
+    assert sqnr(unrounded, exact) >= HALF
 
 
 @pytest.mark.ort
