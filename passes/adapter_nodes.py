@@ -4,7 +4,7 @@
     any other base                                          y = f (x Wq^T + (x A^T) (s B)^T) + b, the bias last
 
 so that the base stays one operator on codes, and what is added is two small float layers. A float layer takes its
-adapter in altogether.
+adapter in altogether. The adapter's own weights may be rounded to 8 bits, one scale a row.
 """
 
 import dataclasses
@@ -14,12 +14,13 @@ from torch import Tensor, fx
 
 from passes.dora import Adapter
 from passes.graph import Layer, add_tensor, aten, call_before, set_weight, slot, weight_of
+from passes.rtn import RTN, quantize_weight
 from passes.weight_nodes import read_weight, write_weight
 from passes.weights import AffineWeight, CodebookWeight, QuantWeight
 
 
-def attach(graph: fx.GraphModule, layer: Layer, adapter: Adapter) -> None:
-    """Give a linear layer its adapter; whoever reads the layer reads the sum."""
+def attach(graph: fx.GraphModule, layer: Layer, adapter: Adapter, bits: int = 0) -> None:
+    """Give a linear layer its adapter, in `bits` bits (0: float); whoever reads the layer reads the sum."""
     quantized = read_weight(graph, layer)
     if quantized is None:
         weight = weight_of(graph, layer)
@@ -31,10 +32,10 @@ def attach(graph: fx.GraphModule, layer: Layer, adapter: Adapter) -> None:
     lora_b, source = adapter.lora_b * adapter.scaling, layer.input
     if scaled is not None:
         _rewrite_weight(graph, layer, scaled)
-        _add_branch(graph, layer, source, adapter.lora_a, lora_b * factor[:, None])
+        _add_branch(graph, layer, source, adapter.lora_a, lora_b * factor[:, None], bits)
         return
     bias = _take_bias(graph, layer)
-    total = _add_branch(graph, layer, source, adapter.lora_a, lora_b)
+    total = _add_branch(graph, layer, source, adapter.lora_a, lora_b, bits)
     dtype = layer.node.meta["val"].dtype
     total = _behind(
         graph, total, aten.mul.Tensor, add_tensor(graph, f"{slot(layer)}.dora", factor.to(dtype), total.next)
@@ -50,7 +51,7 @@ def with_rows_scaled(weight: QuantWeight, factor: Tensor) -> QuantWeight | None:
     if isinstance(weight, CodebookWeight):
         if weight.codebooks.shape[2] > 1 or weight.scale_bits:
             return None
-        return dataclasses.replace(weight, scales=weight.scales * factor[:, None])
+        return dataclasses.replace(weight, scales=weight.block_scales * factor[:, None])
     if weight.axis != 1 or weight.scale_codes is not None or len(weight.scale) != len(factor):
         return None
     return dataclasses.replace(weight, scale=weight.scale * factor[:, None])
@@ -63,14 +64,19 @@ def _rewrite_weight(graph: fx.GraphModule, layer: Layer, weight: AffineWeight | 
     write_weight(graph, layer, weight)
 
 
-def _add_branch(graph: fx.GraphModule, layer: Layer, source: fx.Node, lora_a: Tensor, lora_b: Tensor) -> fx.Node:
+def _add_branch(
+    graph: fx.GraphModule, layer: Layer, source: fx.Node, lora_a: Tensor, lora_b: Tensor, bits: int
+) -> fx.Node:
     """Two linear layers on the layer's input, `source`; returns the sum."""
     value = layer.node.meta["val"]
     following = layer.node.next
     for part, matrix in (("lora_A", lora_a), ("lora_B", lora_b)):
         weight = add_tensor(graph, f"{slot(layer)}.{part}.weight", matrix.to(value.dtype), following)
         source = call_before(graph, following, aten.linear.default, (source, weight))
-        source.meta = {"val": value.new_empty((*value.shape[:-1], len(matrix))), "layer_name": f"{layer.name}.{part}"}
+        name = f"{layer.name}.{part}"
+        source.meta = {"val": value.new_empty((*value.shape[:-1], len(matrix))), "layer_name": name}
+        if bits:
+            write_weight(graph, Layer(source, "linear", name, 0, 1, 2), quantize_weight(matrix, RTN(bits=bits)))
     return _behind(graph, layer.node, aten.add.Tensor, source)
 
 

@@ -28,11 +28,12 @@ from passes.aq_start import feedback_of, first_codes
 from passes.base import PassError, PassResult, Program
 from passes.block_tune import tune_blocks
 from passes.graph import Layer
+from passes.half import half_codebooks, half_scales
 from passes.rtn import RTN
 from passes.threads import single_thread
 from passes.walk import Walk
 from passes.weight_pass import HEAD_BITS, WeightPass, is_head
-from passes.weights import CodebookWeight, QuantWeight
+from passes.weights import CodebookWeight, QuantWeight, from_value_lines, value_lines
 
 MAX_BITS = 8.0
 """Bits a weight past which codebooks do not pay: 8-bit weights are smaller and better."""
@@ -49,7 +50,11 @@ class AQ(WeightPass):
     beam_size            partial sums of entries carried on when a block's codes are searched
     scale_bits           0: one scale an output group; else one for every block, from a table of 2^scale_bits for each
                          output group, or free if that has no more blocks
-    codebook_value_bits  0: codebook values as they are; else from a table of 2^codebook_value_bits for each codebook
+    scale_in_group_size   inputs whose blocks share a scale, a multiple of in_group_size; 0: in_group_size
+    scale_out_group_size  outputs likewise; 0: out_group_size
+    codebook_value_bits  0: codebook values in 16 bits; else from a table of 2^codebook_value_bits for each codebook
+    codebook_value_groups   0: that is the table; else for each place in a block, and each of so many equal runs of a
+                         codebook's entries
     seed                 of the sample, of where codebooks begin, and of the shuffled order
     rounds               most rounds of codebooks, scales, codes; one scale a row is fitted in the first only
     tolerance            a round that lowers the error by a smaller part is the last
@@ -72,7 +77,10 @@ class AQ(WeightPass):
     out_group_size: int = 1
     beam_size: int = 8
     scale_bits: int = 0
+    scale_in_group_size: int = 0
+    scale_out_group_size: int = 0
     codebook_value_bits: int = 0
+    codebook_value_groups: int = 0
     seed: int = 0
     rounds: int = 8
     tolerance: float = 0.03
@@ -100,7 +108,10 @@ class AQ(WeightPass):
             "out_group_size": (1, 64),
             "beam_size": (1, 256),
             "scale_bits": (0, 16),
+            "scale_in_group_size": (0, 1 << 20),
+            "scale_out_group_size": (0, 1 << 20),
             "codebook_value_bits": (0, 16),
+            "codebook_value_groups": (0, 1 << 16),
             "rounds": (0, 1000),
             "tolerance": (0, 1),
             "codebook_steps": (1, 1000),
@@ -116,6 +127,35 @@ class AQ(WeightPass):
                 raise PassError(
                     f"{self.name}: {option}={value} is not in {low}..{high}", fix=f"see qexport passes {self.name}"
                 )
+        for side in ("in", "out"):
+            size, block = getattr(self, f"scale_{side}_group_size"), getattr(self, f"{side}_group_size")
+            if size % block:
+                raise PassError(
+                    f"{self.name}: scale_{side}_group_size={size} is no multiple of {side}_group_size={block}",
+                    fix=f"use scale_{side}_group_size={-(-size // block) * block}",
+                )
+        if self.scale_in_group_size and not self.scale_bits:
+            raise PassError(
+                f"{self.name}: scale_in_group_size needs scale_bits, without which rows have one scale",
+                fix="use scale_bits=16, or leave scale_in_group_size out",
+            )
+        if self.codebook_value_groups and not self.codebook_value_bits:
+            raise PassError(
+                f"{self.name}: codebook_value_groups needs codebook_value_bits, without which there are no tables",
+                fix="use codebook_value_bits=8, or leave codebook_value_groups out",
+            )
+        if 2**self.codebook_bits % (self.codebook_value_groups or 1):
+            raise PassError(
+                f"{self.name}: a codebook's {2**self.codebook_bits} entries do not divide into "
+                f"codebook_value_groups={self.codebook_value_groups}",
+                fix="use a power of 2",
+            )
+
+    @property
+    def sharing(self) -> tuple[int, int]:
+        """Output groups, and groups of inputs, that share a scale where rows have more than one."""
+        high = (self.scale_out_group_size or self.out_group_size) // self.out_group_size
+        return high, (self.scale_in_group_size or self.in_group_size) // self.in_group_size
 
     def run(self, program: Program) -> PassResult:
         """Quantize every layer that can be, in the graph's order, then tune the blocks they are in."""
@@ -149,6 +189,10 @@ class AQ(WeightPass):
             return f"its {inputs} inputs do not divide into in_group_size={self.in_group_size}"
         if outputs % self.out_group_size:
             return f"its {outputs} outputs do not divide into out_group_size={self.out_group_size}"
+        if self.scale_in_group_size and inputs % self.scale_in_group_size:
+            return f"its {inputs} inputs do not divide into scale_in_group_size={self.scale_in_group_size}"
+        if self.scale_out_group_size and outputs % self.scale_out_group_size:
+            return f"its {outputs} outputs do not divide into scale_out_group_size={self.scale_out_group_size}"
         blocks = problems * outputs * inputs // (self.in_group_size * self.out_group_size)
         if 2**self.codebook_bits > blocks:
             return f"its {blocks} blocks are fewer than the {2**self.codebook_bits} entries of a codebook"
@@ -159,9 +203,11 @@ class AQ(WeightPass):
         """Bits a weight of [outputs, inputs] takes: codes, and codebooks and scales in 16 bits or from their tables."""
         groups, rows = inputs // self.in_group_size, outputs // self.out_group_size
         entries, kept, table = int(2**self.codebook_bits), self.codebook_value_bits, int(2**self.scale_bits)
-        values = entries * self.in_group_size * self.out_group_size
+        block = self.in_group_size * self.out_group_size
+        values, tables = entries * block, self.codebook_value_groups * block or 1
         bits = rows * groups * self.num_codebooks * self.codebook_bits
-        bits += self.num_codebooks * (values * kept + int(2**kept) * 16 if kept else values * 16)
+        bits += self.num_codebooks * (values * kept + tables * int(2**kept) * 16 if kept else values * 16)
+        rows, groups = rows // self.sharing[0], groups // self.sharing[1]
         if self.scale_bits == 0:
             bits += rows * 16
         elif table >= groups:
@@ -224,7 +270,7 @@ def search_codes(
     """
     shape = quantized.codebooks.shape
     with single_thread(), torch.no_grad():
-        codes = quantized.codes[outputs].to(torch.int64)
+        codes, scales = quantized.codes[outputs].to(torch.int64), quantized.block_scales[outputs]
         chosen = weight.unflatten(0, (-1, shape[2]))[outputs].flatten(0, 1)
         moments = moments_of(hessian.float(), shape[3], shape[2])
         codebooks = quantized.codebooks.permute(0, 3, 2, 1).flatten(1, 2).contiguous()
@@ -233,7 +279,7 @@ def search_codes(
         for rows in cut_rows(chosen, [moments], shape[2], shape[0], (weight.device,)):
             first = sum(part.shape[2] for part in found)
             run = slice(first, first + rows.codes.shape[2])
-            rows.codes, rows.scales = codes[run].permute(2, 1, 0).contiguous(), quantized.scales[outputs][run].T
+            rows.codes, rows.scales = codes[run].permute(2, 1, 0).contiguous(), scales[run].T
             rows.refresh(codebooks)
             sweep(rows, codebooks, options.beam_size, code_penalties, generator)
             found.append(rows.codes)
@@ -260,10 +306,11 @@ class _Fit:
         self.options, self.dtype, self.penalties = options, weight.dtype, penalties
         self.generator = torch.Generator().manual_seed(options.seed)
         self.moments = [moments_of(_counted(part), options.in_group_size, options.out_group_size) for part in hessians]
-        self.runs = cut_rows(weight, self.moments, options.out_group_size, options.num_codebooks, devices)
+        sizes = options.out_group_size, options.num_codebooks
+        self.runs = cut_rows(weight, self.moments, *sizes, devices, options.sharing)
         self.levels: list[Tensor | None] = [None] * len(self.runs)
-        groups = self.runs[0].groups
-        self.tables = options.scale_bits > 0 and 2**options.scale_bits < groups
+        scales = self.runs[0].groups // options.sharing[1]
+        self.tables = options.scale_bits > 0 and 2**options.scale_bits < scales
 
     def run(self) -> CodebookWeight:
         """All of it."""
@@ -316,15 +363,17 @@ class _Fit:
 
     def round_values(self) -> bool:
         """Codebook values and scales become numbers that can be stored; True when that changed any."""
-        bits = self.options.codebook_value_bits
+        bits, groups = self.options.codebook_value_bits, self.options.codebook_value_groups
         if bits:
-            values = self.codebooks.flatten(1)
+            blocks = self.blocks()
+            values = value_lines(blocks, groups)
             tables, levels = fit_tables(values, torch.ones_like(values), bits, TABLE_ITERATIONS)
-            self.codebooks = tables.gather(1, levels).view_as(self.codebooks)
-        self.codebooks = self.codebooks.to(self.dtype).float()
+            blocks = from_value_lines(tables.gather(1, levels), blocks.shape, groups)
+            self.codebooks = blocks.permute(0, 3, 2, 1).flatten(1, 2).contiguous()
+        self.codebooks = half_codebooks(self.codebooks.to(self.dtype)).float()
         for rows in self.runs:
-            rows.scales = rows.scales.to(self.dtype).float()
-        return bits > 0 or self.dtype != torch.float32
+            rows.scales = half_scales(rows.scales.to(self.dtype)).float()
+        return bits > 0 or self.dtype.itemsize < self.codebooks.dtype.itemsize
 
     def refresh(self) -> None:
         """Bring errors and gradients in step with codebooks and scales that were replaced."""
@@ -348,13 +397,21 @@ class _Fit:
     def result(self) -> CodebookWeight:
         """The weight as it stands."""
         options, home = self.options, self.runs[0].device
+        high, wide = options.sharing
         codes = torch.cat([rows.codes.to(home) for rows in self.runs], dim=2).permute(2, 1, 0)
         dtype = torch.uint8 if options.codebook_bits <= 8 else torch.int32
-        blocks = self.codebooks.to(home).unflatten(1, (options.in_group_size, options.out_group_size))
+        scales = torch.cat([rows.scales.to(home) for rows in self.runs], dim=1)
         return CodebookWeight(
             codes.to(dtype).contiguous(),
-            blocks.permute(0, 3, 2, 1).contiguous(),
-            torch.cat([rows.scales.to(home) for rows in self.runs], dim=1).T.contiguous(),
+            self.blocks().to(home),
+            scales[::wide, ::high].T.contiguous(),
             scale_bits=options.scale_bits if self.tables else 0,
             codebook_value_bits=options.codebook_value_bits,
+            codebook_value_groups=options.codebook_value_groups,
         )
+
+    def blocks(self) -> Tensor:
+        """The codebooks as a weight has them, [num_codebooks, entries, og, ig]."""
+        sizes = self.options.in_group_size, self.options.out_group_size
+        blocks: Tensor = self.codebooks.unflatten(1, sizes)
+        return blocks.permute(0, 3, 2, 1).contiguous()

@@ -58,6 +58,7 @@ class Rows:
     moments    of their inputs
     weight     W^T, [in, og n], see above
     scales     [1 or groups, n]
+    sharing    output groups and groups of inputs that share a scale; of the latter all if there is one scale a row
     codes      [num_codebooks, groups, n] int64: adding up by int32 numbers is many times slower
     errors     E = W - Q, as weight
     gradient   G = H E, as weight
@@ -70,6 +71,7 @@ class Rows:
     codes: Tensor
     errors: Tensor
     gradient: Tensor
+    sharing: tuple[int, int] = (1, 1)
 
     @property
     def device(self) -> torch.device:
@@ -93,6 +95,15 @@ class Rows:
     def scale(self, group: int) -> Tensor:
         """Scales [n] of a group."""
         return self.scales[group if len(self.scales) > 1 else 0]
+
+    def shared_sum(self, values: Tensor) -> Tensor:
+        """Values of scales [1 or groups, n] summed over those that share one, for each of them."""
+        high, wide = self.sharing
+        if high > 1:
+            values = values.unflatten(1, (-1, high)).sum(2).repeat_interleave(high, 1)
+        if wide > 1 and len(values) > 1:
+            values = values.unflatten(0, (-1, wide)).sum(1).repeat_interleave(wide, 0)
+        return values
 
     def inverse_scales(self) -> Tensor:
         """1 / scales, and 0 where a scale is 0."""
@@ -134,14 +145,15 @@ def cut_rows(
     out_group_size: int,
     num_codebooks: int,
     devices: Sequence[torch.device],
+    sharing: tuple[int, int] = (1, 1),
 ) -> list[Rows]:
     """`weight` [out, in] in runs of about OUTPUTS_AT_ONCE outputs; the outputs fall into as many problems as moments.
 
-    Runs take turns on the devices. Their scales are one for each output group, its root mean square; codes, errors and
-    gradient are not set yet.
+    Runs take turns on the devices. Their scales are one for each output group, or for as many as `sharing` says, the
+    root mean square of these; codes, errors and gradient are not set yet.
     """
     groups = len(moments[0].metrics)
-    at_once = max(1, OUTPUTS_AT_ONCE // out_group_size)
+    at_once = max(1, OUTPUTS_AT_ONCE // (out_group_size * sharing[0])) * sharing[0]
     runs: list[Rows] = []
     for index, (problem, given) in enumerate(zip(weight.unflatten(0, (len(moments), -1)), moments, strict=True)):
         local = {device: given.to(device) for device in devices}
@@ -149,9 +161,10 @@ def cut_rows(
             device = devices[len(runs) % len(devices)]
             part = part.to(device, torch.float32)
             lines = part.permute(2, 1, 0).contiguous().flatten(1)
-            scales = part.square().mean((1, 2)).sqrt()[None]
+            squares = part.square().mean((1, 2))[None]
             codes = torch.zeros(num_codebooks, groups, len(part), dtype=torch.int64, device=device)
-            runs.append(
-                Rows(index, local[device], lines, scales, codes, torch.empty_like(lines), torch.empty_like(lines))
-            )
+            empty = torch.empty_like(lines), torch.empty_like(lines)
+            rows = Rows(index, local[device], lines, squares, codes, *empty, sharing)
+            rows.scales = (rows.shared_sum(squares) / sharing[0]).sqrt()
+            runs.append(rows)
     return runs

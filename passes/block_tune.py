@@ -9,7 +9,7 @@ A block keeps its values when tuning did not bring its output closer on the cali
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,11 +19,15 @@ from torch.nn import functional as F
 from passes.base import Program
 from passes.calibration import Stream
 from passes.graph import add_tensor, get_tensor
-from passes.ops import DEQUANTIZE, DEQUANTIZE_CODEBOOK, FAKE_QUANTIZE, FAKE_QUANTIZE_DYNAMIC
+from passes.half import half_codebooks, half_scales
+from passes.ops import DEQUANTIZE, DEQUANTIZE_CODEBOOK, FAKE_QUANTIZE, FAKE_QUANTIZE_DYNAMIC, spread_scales
 
 BLOCK = re.compile(r"((?:.*?\.)?\d+)(?:\.|$)")
 SMALLEST_RMS = 1e-3
 """What a tensor of zeros, such as an unused bias, is moved by."""
+
+STORED: Mapping[int, Callable[[Tensor], Tensor]] = {1: half_codebooks, 2: half_scales}
+"""How the arguments of dequantize_codebook are rounded in the end, as a file holds them."""
 
 Values = Mapping[fx.Node, Tensor]
 
@@ -71,7 +75,7 @@ def _tunable(nodes: Sequence[fx.Node]) -> list[fx.Node]:
     for node in nodes:
         values: Sequence[object] = node.args
         if node.target is DEQUANTIZE_CODEBOOK:
-            _, codebooks, scales, scale_bits, value_bits = node.args
+            _, codebooks, scales, scale_bits, value_bits, *_ = node.args
             values = [codebooks] * (not value_bits) + [scales] * (not scale_bits)
         elif node.target in (DEQUANTIZE, FAKE_QUANTIZE):
             continue
@@ -106,6 +110,9 @@ def _tune(
     sizes = {value: constants[value].float().square().mean().sqrt().clamp_min(SMALLEST_RMS) for value in tuned}
     offsets = {value: torch.zeros_like(constants[value], dtype=torch.float32, requires_grad=True) for value in tuned}
 
+    decoding = [node for node in nodes if node.target is DEQUANTIZE_CODEBOOK]
+    stored = {node.args[at]: rounded for node in decoding for at, rounded in STORED.items()}
+
     def moved() -> dict[fx.Node, Tensor]:
         return {
             value: (constants[value].float() + sizes[value] * offset).to(constants[value].dtype)
@@ -126,7 +133,7 @@ def _tune(
         with torch.enable_grad():
             distance(step % len(feeds), moved()).backward()
         optimizer.step()
-    values = {value: tensor.detach() for value, tensor in moved().items()}
+    values = {value: stored.get(value, Tensor.detach)(tensor.detach()) for value, tensor in moved().items()}
     after = total(values)
     if not after < before:
         return 1.0
@@ -162,5 +169,5 @@ def _run(nodes: Sequence[fx.Node], end: fx.Node, known: Values) -> Tensor:
 def _decode(codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
     """passes.ops.dequantize_codebook, which has no gradient."""
     blocks = sum((book[codes[..., m].long()] for m, book in enumerate(codebooks)), torch.zeros(()))
-    matrix: Tensor = (blocks * scales[:, :, None, None]).transpose(1, 2)
+    matrix: Tensor = (blocks * spread_scales(scales, codes.shape)[:, :, None, None]).transpose(1, 2)
     return matrix.flatten(0, 1).flatten(1)

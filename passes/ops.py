@@ -9,6 +9,8 @@ round is to nearest, ties to even, and the division is a division (not a multipl
 QuantizeLinear does, so eager torch and onnxruntime cross the same rounding boundaries.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -81,23 +83,42 @@ def _(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, group_
 
 @torch.library.custom_op("qexport::dequantize_codebook", mutates_args=())
 def dequantize_codebook(
-    codes: Tensor, codebooks: Tensor, scales: Tensor, scale_bits: int, codebook_value_bits: int
+    codes: Tensor,
+    codebooks: Tensor,
+    scales: Tensor,
+    scale_bits: int,
+    codebook_value_bits: int,
+    codebook_value_groups: int = 0,
 ) -> Tensor:
-    """Float weight [out, in]: block (a, b) is scales[a, b] sum_m codebooks[m, codes[a, b, m]].
+    """Float weight [out, in]: block (a, b) is scales[a // h, b // k] sum_m codebooks[m, codes[a, b, m]].
 
-    `codes` [out / og, in / ig, M], `codebooks` [M, entries, og, ig], `scales` [out / og, 1 or in / ig].
-    `scale_bits` and `codebook_value_bits` say how these can be stored; they do not change the value.
+    `codes` [out / og, in / ig, M], `codebooks` [M, entries, og, ig], `scales` [out / og / h, in / ig / k].
+    The other arguments say how these can be stored; they do not change the value.
     """
     blocks = codebooks[0][codes[..., 0].long()]  # [out / og, in / ig, og, ig]
     for index in range(1, len(codebooks)):
         blocks += codebooks[index][codes[..., index].long()]
-    blocks *= scales[:, :, None, None]
+    blocks *= spread_scales(scales, codes.shape)[:, :, None, None]
     return blocks.transpose(1, 2).reshape(codes.shape[0] * codebooks.shape[2], codes.shape[1] * codebooks.shape[3])
 
 
 @dequantize_codebook.register_fake
-def _(codes: Tensor, codebooks: Tensor, scales: Tensor, scale_bits: int, codebook_value_bits: int) -> Tensor:
+def _(
+    codes: Tensor,
+    codebooks: Tensor,
+    scales: Tensor,
+    scale_bits: int,
+    codebook_value_bits: int,
+    codebook_value_groups: int = 0,
+) -> Tensor:
     return codebooks.new_empty(codes.shape[0] * codebooks.shape[2], codes.shape[1] * codebooks.shape[3])
+
+
+def spread_scales(scales: Tensor, blocks: Sequence[int]) -> Tensor:
+    """Scales that several of the blocks [rows, columns, ...] share, one for each: [rows, 1 or columns]."""
+    spread = scales if len(scales) == blocks[0] else scales.repeat_interleave(blocks[0] // len(scales), 0)
+    columns = scales.shape[1]
+    return spread if columns in (1, blocks[1]) else spread.repeat_interleave(blocks[1] // columns, 1)
 
 
 FAKE_QUANTIZE = torch.ops.qexport.fake_quantize.default

@@ -86,7 +86,8 @@ def _write_codebooks(
     codebooks = add_tensor(graph, f"{name}_codebooks", weight.codebooks.to(dtype), before)
     scales = add_tensor(graph, f"{name}_scales", weight.scales.to(dtype), before)
     args = (codes, codebooks, scales, weight.scale_bits, weight.codebook_value_bits)
-    return call_before(graph, before, DEQUANTIZE_CODEBOOK, args)
+    groups = weight.codebook_value_groups
+    return call_before(graph, before, DEQUANTIZE_CODEBOOK, (*args, groups) if groups else args)
 
 
 def source_of(layer: Layer) -> fx.Node | None:
@@ -152,8 +153,7 @@ def _read_values(graph: fx.GraphModule, argument: object) -> tuple[Tensor, Affin
 
 def _read_codebooks(graph: fx.GraphModule, node: fx.Node) -> CodebookWeight:
     codes, codebooks, scales = (get_tensor(graph, _node(argument)) for argument in node.args[:3])
-    scale_bits, codebook_value_bits = (_integer(argument) for argument in node.args[3:])
-    return CodebookWeight(codes, codebooks, scales, scale_bits, codebook_value_bits)
+    return CodebookWeight(codes, codebooks, scales, *(_integer(argument) for argument in node.args[3:]))
 
 
 def _node(value: object) -> fx.Node:

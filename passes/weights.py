@@ -9,11 +9,12 @@ Symmetric codes of b bits lie in [-2^(b-1), 2^(b-1) - 1] and have no zero point;
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from passes.ops import dequantize, dequantize_codebook
+from passes.ops import dequantize, dequantize_codebook, spread_scales
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,10 +73,12 @@ class CodebookWeight:
 
     codes          [out / og, in / ig, num_codebooks]          uint8 up to 8 bits, int32 above
     codebooks      [num_codebooks, 2^codebook_bits, og, ig]    float32
-    scales         [out / og, 1 or in / ig]                    float32
-    scale_bits     0, or an output group has at most 2^scale_bits distinct scales, so that a file can hold a table of
+    scales         [out / og / h, in / ig / k]                 float32; one for h x k neighbouring blocks: k is in / ig
+                                                               where whole rows share one
+    scale_bits     0, or a row of scales has at most 2^scale_bits distinct ones, so that a file can hold a table of
                    them and say which each is
-    codebook_value_bits   0, or a codebook has at most 2^codebook_value_bits distinct values, likewise
+    codebook_value_bits   0, or a line of `value_lines` has at most 2^codebook_value_bits distinct values, likewise
+    codebook_value_groups   what is a line of those
     """
 
     codes: Tensor
@@ -83,6 +86,7 @@ class CodebookWeight:
     scales: Tensor
     scale_bits: int = 0
     codebook_value_bits: int = 0
+    codebook_value_groups: int = 0
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -94,10 +98,20 @@ class CodebookWeight:
         """Width of a code."""
         return (self.codebooks.shape[1] - 1).bit_length()
 
+    @property
+    def block_scales(self) -> Tensor:
+        """The scale of every block, [out / og, in / ig], or, where whole rows share one, [out / og, 1]."""
+        return spread_scales(self.scales, self.codes.shape)
+
     def dequantize(self) -> Tensor:
         """The float matrix [out, in] this weight stands for."""
         weight: Tensor = dequantize_codebook(
-            self.codes, self.codebooks, self.scales, self.scale_bits, self.codebook_value_bits
+            self.codes,
+            self.codebooks,
+            self.scales,
+            self.scale_bits,
+            self.codebook_value_bits,
+            self.codebook_value_groups,
         )
         return weight
 
@@ -105,7 +119,7 @@ class CodebookWeight:
     def bits_per_weight(self) -> float:
         """Nominal: code bits, 16-bit codebook values and scales, or their codes and 16-bit tables."""
         bits = float(self.codes.numel() * self.codebook_bits)
-        bits += _table_bits(self.codebooks.flatten(1), self.codebook_value_bits)
+        bits += _table_bits(value_lines(self.codebooks, self.codebook_value_groups), self.codebook_value_bits)
         bits += _table_bits(self.scales, self.scale_bits)
         return bits / math.prod(self.shape)
 
@@ -117,6 +131,26 @@ QuantWeight = AffineWeight | CodebookWeight
 def _table_bits(values: Tensor, bits: int) -> float:
     """Bits of `values` [rows, n] in 16 bits each, or as codes of `bits` into a table of 16-bit values for each row."""
     return float(values.numel() * bits + len(values) * 2**bits * 16) if bits else 16.0 * values.numel()
+
+
+def value_lines(codebooks: Tensor, groups: int) -> Tensor:
+    """Values of codebooks [M, entries, og, ig] in the lines [lines, n] that have a table each.
+
+    groups 0: a codebook is a line. g > 0: its entries fall into g runs; what stands at one place of a block in all
+    entries of a run is a line (as in AQLM).
+    """
+    if not groups:
+        return codebooks.flatten(1)
+    runs: Tensor = codebooks.unflatten(1, (groups, -1))
+    return runs.permute(0, 1, 3, 4, 2).flatten(0, 3)
+
+
+def from_value_lines(lines: Tensor, shape: Sequence[int], groups: int) -> Tensor:
+    """The codebooks, of this shape, whose value_lines these are."""
+    count, entries, og, ig = shape
+    if not groups:
+        return lines.view(count, entries, og, ig)
+    return lines.view(count, groups, og, ig, -1).permute(0, 1, 4, 2, 3).reshape(count, entries, og, ig)
 
 
 def code_range(bits: int, symmetric: bool) -> tuple[int, int]:

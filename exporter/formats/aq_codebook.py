@@ -3,16 +3,18 @@
 codes       [out / og, in / ig, M]     uint8 for codes of 8 bits; of other widths up to 16 a stream of bits, uint8
                                        [ceil(out / og * in / ig * M * width / 8)], the first code in the lowest bits
 codebooks   [M, entries, og, ig]       floats; 16 bits where that loses nothing
-scales      [out / og, 1 or in / ig]   likewise
+scales      [rows, columns]            likewise; each is of (out / og / rows) x (in / ig / columns) blocks
 
 With codebook_value_bits, instead of `codebooks`, and with scale_bits, instead of `scales`, b being those bits:
 
-codebook_table, scale_table            [M, 2^b], [out / og, 2^b]      the distinct values of a codebook, or of an output
-                                                                      group's scales; filled up with the last one
+codebook_table, scale_table            [lines, 2^b], [rows, 2^b]      the distinct values of a line of codebook values
+                                                                      (passes.weights.value_lines), or of a row of
+                                                                      scales; filled up with the last one
 codebook_indexes, scale_indexes        [ceil(M entries og ig b / 8)], [ceil(number of scales b / 8)]
                                                                       uint8: a stream of b bits, which value each is
 """
 
+import math
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -22,7 +24,7 @@ from torch import Tensor
 from exporter.formats.base import Packed, WeightFormat, check_roles, narrowed, original_type, tensor_of, widened
 from exporter.formats.bit_stream import pack_bits, packed_width, unpack_bits
 from exporter.formats.meta import CodebookMeta
-from passes.weights import CodebookWeight, QuantWeight
+from passes.weights import CodebookWeight, QuantWeight, from_value_lines, value_lines
 
 MOST_BITS = 16
 
@@ -39,10 +41,10 @@ class AqCodebook(WeightFormat):
     def pack(self, weight: QuantWeight) -> Packed:
         """Shares the tensors that need no change."""
         checked = self._checked(weight)
-        codes, bits = checked.codes, checked.codebook_bits
-        tensors = {"codes": codes if bits == 8 else pack_bits(codes.reshape(1, -1), bits)[0]}
-        if checked.codebook_value_bits:
-            table, indexes = _as_table(checked.codebooks.flatten(1), checked.codebook_value_bits)
+        codes, width = checked.codes, checked.codebook_bits
+        tensors = {"codes": codes if width == 8 else pack_bits(codes.reshape(1, -1), width)[0]}
+        if bits := checked.codebook_value_bits:
+            table, indexes = _as_table(value_lines(checked.codebooks, checked.codebook_value_groups), bits)
             tensors |= {"codebook_table": narrowed(table), "codebook_indexes": indexes}
         else:
             tensors["codebooks"] = narrowed(checked.codebooks)
@@ -60,21 +62,26 @@ class AqCodebook(WeightFormat):
         by_table = (meta.codebook_value_bits > 0, meta.scale_bits > 0)
         check_roles(packed, {"codes"} | CODEBOOK_ROLES[by_table[0]] | SCALE_ROLES[by_table[1]])
         (rows, columns), (og, ig) = meta.shape, meta.block
-        if min(*meta.shape, og, ig, meta.num_codebooks, meta.scale_columns) < 1 or rows % og or columns % ig:
+        if min(*meta.shape, og, ig, meta.num_codebooks) < 1 or rows % og or columns % ig:
             raise ValueError(f"a matrix of {rows} x {columns} has no blocks of {og} x {ig}")
         if not 2 <= meta.entries <= 2**MOST_BITS:
             raise ValueError(f"a codebook of {meta.entries} entries is not one of 2 to {2**MOST_BITS}")
+        if min(meta.scale_shape) < 1:
+            raise ValueError(f"scales have shape {list(meta.scale_shape)}, which holds none")
+        if groups := group_fault(meta.entries, meta.codebook_value_groups):
+            raise ValueError(groups)
         codes = _unpack_codes(tensors, meta, (rows // og, columns // ig, meta.num_codebooks))
         shape = (meta.num_codebooks, meta.entries, og, ig)
         if by_table[0]:
-            values = _from_table("codebook", tensors, (shape[0], meta.entries * og * ig), meta.codebook_value_bits)
-            codebooks = values.view(shape)
+            lines = meta.num_codebooks * (meta.codebook_value_groups * og * ig or 1)
+            values = _from_table("codebook", tensors, (lines, math.prod(shape) // lines), meta.codebook_value_bits)
+            codebooks = from_value_lines(values, shape, meta.codebook_value_groups)
         else:
             codebooks = tensor_of(tensors, "codebooks", tensors["codebooks"].dtype, shape)
         if by_table[1]:
-            scales = _from_table("scale", tensors, (rows // og, meta.scale_columns), meta.scale_bits)
+            scales = _from_table("scale", tensors, meta.scale_shape, meta.scale_bits)
         else:
-            scales = tensor_of(tensors, "scales", tensors["scales"].dtype, (rows // og, meta.scale_columns))
+            scales = tensor_of(tensors, "scales", tensors["scales"].dtype, meta.scale_shape)
         return self._checked(
             CodebookWeight(
                 codes,
@@ -82,6 +89,7 @@ class AqCodebook(WeightFormat):
                 widened(scales, meta.dtype),
                 meta.scale_bits,
                 meta.codebook_value_bits,
+                meta.codebook_value_groups,
             )
         )
 
@@ -119,14 +127,17 @@ def fault_of(weight: CodebookWeight) -> str:
     least, most = (int(value) for value in codes.aminmax())
     if least < 0 or most >= entries:
         return f"codes from {least} to {most} are outside of 0 to {entries - 1}, the entries of a codebook"
-    if tuple(scales.shape) not in ((codes.shape[0], 1), tuple(codes.shape[:2])):
-        return f"scales have shape {list(scales.shape)}, not [{codes.shape[0]}, 1 or {codes.shape[1]}]"
+    if scales.dim() != 2 or not scales.numel() or codes.shape[0] % scales.shape[0] or codes.shape[1] % scales.shape[1]:
+        return f"scales have shape {list(scales.shape)}, which does not divide the {list(codes.shape[:2])} blocks"
+    if reason := group_fault(entries, weight.codebook_value_groups):
+        return reason
     if not codebooks.is_floating_point() or codebooks.dtype != scales.dtype:
         return f"codebooks and scales are {codebooks.dtype} and {scales.dtype}, not of one floating-point type"
     if not bool(codebooks.isfinite().all()) or not bool(scales.isfinite().all()):
         return "codebooks or scales are not finite"
+    lines = value_lines(codebooks, weight.codebook_value_groups)
     tables = (
-        ("codebook_value_bits", weight.codebook_value_bits, codebooks.flatten(1)),
+        ("codebook_value_bits", weight.codebook_value_bits, lines),
         ("scale_bits", weight.scale_bits, scales),
     )
     for name, bits, values in tables:
@@ -135,6 +146,13 @@ def fault_of(weight: CodebookWeight) -> str:
         if bits and values.shape[1] > 2**bits and (count := int(_ranks(values)[1].max()) + 1) > 2**bits:
             return f"{count} distinct values do not fit the {2**bits} of {name} {bits}"
     return ""
+
+
+def group_fault(entries: int, groups: int) -> str:
+    """Why a codebook's entries do not fall into so many groups; empty when they do."""
+    if 0 <= groups <= entries and (not groups or entries % groups == 0):
+        return ""
+    return f"{entries} entries of a codebook do not fall into {groups} groups"
 
 
 def _unpack_codes(tensors: Mapping[str, Tensor], meta: CodebookMeta, shape: tuple[int, int, int]) -> Tensor:

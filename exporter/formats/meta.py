@@ -66,7 +66,7 @@ class CodebookMeta:
     shape       [out, in]
     block       [og, ig]
     entries     of a codebook
-    scale_columns   scales of an output group
+    scale_shape   [rows, columns] of the scales: each is of as many blocks, next to and below each other
     dtype       type of the float values, where they are stored in a shorter one; empty: as stored
     """
 
@@ -74,23 +74,25 @@ class CodebookMeta:
     num_codebooks: int
     entries: int
     block: tuple[int, int]
-    scale_columns: int
+    scale_shape: tuple[int, int]
     scale_bits: int = 0
     codebook_value_bits: int = 0
+    codebook_value_groups: int = 0
     dtype: str = ""
 
     @classmethod
     def of(cls, weight: CodebookWeight, dtype: str) -> "CodebookMeta":
         """That of a weight whose float values are `dtype`."""
-        count, entries, *block = weight.codebooks.shape
+        count, entries, og, ig = weight.codebooks.shape
         return cls(
             weight.shape,
             count,
             entries,
-            (block[0], block[1]),
-            weight.scales.shape[1],
+            (og, ig),
+            (weight.scales.shape[0], weight.scales.shape[1]),
             weight.scale_bits,
             weight.codebook_value_bits,
+            weight.codebook_value_groups,
             dtype,
         )
 
@@ -99,14 +101,16 @@ class CodebookMeta:
         """From JSON. Raises ValueError or KeyError when an entry is missing or of the wrong kind."""
         rows, columns = integers(entry["shape"])
         og, ig = integers(entry["block"])
+        scale_rows, scale_columns = integers(entry["scale_shape"])
         return cls(
             (rows, columns),
             typed(int, entry["num_codebooks"]),
             typed(int, entry["entries"]),
             (og, ig),
-            typed(int, entry["scale_columns"]),
+            (scale_rows, scale_columns),
             typed(int, entry.get("scale_bits", 0)),
             typed(int, entry.get("codebook_value_bits", 0)),
+            typed(int, entry.get("codebook_value_groups", 0)),
             typed(str, entry.get("dtype", "")),
         )
 

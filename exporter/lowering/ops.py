@@ -129,7 +129,9 @@ _FAKE_QUANTIZE = _schema("FakeQuantize", "x:T scale:T zero_point:Z", {"quant_min
 _DYNAMIC = _schema("FakeQuantizeDynamic", "x:T", {"bits": _INT, "group_size": _INT})
 _DEQUANTIZE = _schema("Dequantize", "codes:C scale:T zero_point:T?", {"bits": _INT, "group_size": _INT, "axis": _INT})
 _DEQUANTIZE_CODEBOOK = _schema(
-    "DequantizeCodebook", "codes:C codebooks:T scales:T", {"scale_bits": _INT, "codebook_value_bits": _INT}
+    "DequantizeCodebook",
+    "codes:C codebooks:T scales:T",
+    {"scale_bits": _INT, "codebook_value_bits": _INT, "codebook_value_groups": _INT},
 )
 _LINEAR = _schema("Linear", "x:T weight:T bias:T?", {"token_bits": _INT, "integer": _INT, "name": _STRING})
 _CONV_WEIGHT = _schema("ConvWeight", "weight:T", {"name": _STRING})
@@ -155,10 +157,10 @@ def _dequantize(codes, scale, zero_point, bits: int, group_size: int, axis: int 
 
 
 def _dequantize_codebook(  # type: ignore[no-untyped-def]
-    codes, codebooks, scales, scale_bits: int, codebook_value_bits: int
+    codes, codebooks, scales, scale_bits: int, codebook_value_bits: int, codebook_value_groups: int = 0
 ):
-    bits = {"scale_bits": scale_bits, "codebook_value_bits": codebook_value_bits}
-    return _DEQUANTIZE_CODEBOOK(codes, codebooks, scales, **bits)
+    tables = {"codebook_value_bits": codebook_value_bits, "codebook_value_groups": codebook_value_groups}
+    return _DEQUANTIZE_CODEBOOK(codes, codebooks, scales, scale_bits=scale_bits, **tables)
 
 
 def _linear(x, weight, bias, token_bits: int, integer: bool, name: str):  # type: ignore[no-untyped-def]

@@ -8,14 +8,18 @@ from torch import Tensor, nn
 
 import passes.aq_rows
 from exporter.capture import capture, export_module
+from exporter.formats import pack_smallest
 from passes import PASSES, rtn
 from passes.aq import AQ, quantize_weight, search_codes
+from passes.aq_rows import cut_rows, moments_of
+from passes.aq_scales import update_scales
+from passes.aq_search import sweep
 from passes.base import LayerRule, PassError, Program
 from passes.calibration import Calibration, run_graph
 from passes.graph import weight_of
 from passes.rtn import RTN
 from passes.weight_nodes import read_weight
-from passes.weights import AffineWeight, CodebookWeight, QuantWeight
+from passes.weights import AffineWeight, CodebookWeight, QuantWeight, value_lines
 from tests.passes.nets import RULES, reasons, seeded
 from tools.bench.problem import LayerProblem, layer_problem
 
@@ -176,11 +180,82 @@ def test_penalties_are_counted_once() -> None:
         assert int(found) == code
 
 
-def test_half_precision_numbers_can_be_stored() -> None:
+@pytest.mark.parametrize("bits", [0, 3])
+def test_sixteen_bits_hold_the_numbers(bits: int) -> None:
     weight, hessian = _problem(96, 48)
-    quantized = quantize_weight(weight.half(), hessian, SMALL)
+    options = dataclasses.replace(SMALL, scale_bits=bits, codebook_value_bits=bits)
+    for dtype, short in ((torch.float32, torch.float16), (torch.float16, torch.float16), (torch.bfloat16,) * 2):
+        quantized = quantize_weight(weight.to(dtype), hessian, options)
+        for values in (quantized.codebooks, quantized.scales):
+            assert values.dtype == torch.float32
+            assert torch.equal(values, values.to(short).float())
+        stored = pack_smallest(quantized)[1]
+        if short == torch.float16:
+            assert stored.bits_per_weight == quantized.bits_per_weight == options.bits_per_parameter(96, 48)
+
+
+def test_scales_beyond_sixteen_bits_stay() -> None:
+    weight, hessian = _problem(96, 48)
+    weight[3] *= 1e-6
+    quantized = quantize_weight(weight, hessian, SMALL)
     assert torch.equal(quantized.codebooks, quantized.codebooks.half().float())
-    assert torch.equal(quantized.scales, quantized.scales.half().float())
+    row = (weight[3] - quantized.dequantize()[3]).square().sum() / weight[3].square().sum()
+    assert row < 0.5  # to 16 bits its scale would have two
+
+
+def test_blocks_share_scales() -> None:
+    weight, hessian = _problem(64, 64)
+    weight[:, ::7] *= 5
+    errors = {}
+    for scale_bits, inputs, outputs in ((16, 4, 2), (16, 16, 2), (16, 16, 8), (2, 4, 4), (2, 16, 4), (0, 0, 8)):
+        sizes = {"scale_in_group_size": inputs, "scale_out_group_size": outputs}
+        options = dataclasses.replace(SMALL, out_group_size=2, scale_bits=scale_bits, **sizes)
+        quantized = quantize_weight(weight, hessian, options)
+        errors[scale_bits, inputs, outputs] = _error(weight, hessian, quantized)
+        columns = 64 // inputs if inputs else 1
+        assert quantized.scales.shape == (64 // outputs, columns)
+        tables = 0 < 2**scale_bits < columns
+        assert quantized.scale_bits == (scale_bits if tables else 0)
+        if tables:
+            assert max(len(row.unique()) for row in quantized.scales) <= 2**scale_bits
+        assert quantized.bits_per_weight == options.bits_per_parameter(64, 64)
+        searched = search_codes(weight, hessian, quantized, options)
+        better = dataclasses.replace(quantized, codes=searched)
+        assert _error(weight, hessian, better) <= errors[scale_bits, inputs, outputs] * (1 + 1e-5)
+    assert errors[16, 4, 2] < errors[16, 16, 2] < errors[0, 0, 8]
+
+
+def test_shared_scales_are_the_best_for_their_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One scale for whole rows: no other lowers their error; runs end where a scale's rows do."""
+    weight, hessian = _problem(48, 32)
+    monkeypatch.setattr(passes.aq_rows, "OUTPUTS_AT_ONCE", 20)
+    (first, *others) = cut_rows(weight, [moments_of(hessian, 4, 2)], 2, 1, (weight.device,), (3, 1))
+    assert [rows.codes.shape[2] for rows in (first, *others)] == [9, 9, 6]
+    codebooks = torch.randn(1, 8, 16, generator=torch.Generator().manual_seed(1))
+    first.codes = torch.randint(16, first.codes.shape, generator=torch.Generator().manual_seed(2))
+    first.refresh(codebooks)
+    sweep(first, codebooks, 1)
+    update_scales(first, codebooks)
+    assert torch.equal(first.scales[0, ::3].repeat_interleave(3), first.scales[0])
+    reached, best = first.error(), first.scales
+    for change in (0.99, 1.01):
+        first.scales = best * change
+        first.refresh(codebooks)
+        assert first.error() > reached
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_tables_of_values_at_each_place(groups: int) -> None:
+    weight, hessian = _problem(96, 48)
+    options = dataclasses.replace(SMALL, codebook_value_bits=2, codebook_value_groups=groups)
+    quantized = quantize_weight(weight, hessian, options)
+    lines = value_lines(quantized.codebooks, groups)
+    assert lines.shape == (2 * groups * 4, 16 // groups)
+    assert max(len(line.unique()) for line in lines) <= 4
+    assert quantized.bits_per_weight == options.bits_per_parameter(96, 48)
+    if groups == 4:  # runs of four entries: as many as a table has numbers
+        plain = quantize_weight(weight, hessian, SMALL)
+        assert torch.equal(quantized.codebooks, plain.codebooks)
 
 
 def test_rows_of_zeros_and_constants() -> None:
@@ -215,6 +290,8 @@ def test_what_is_refused() -> None:
     for options, what in (
         (dataclasses.replace(SMALL, in_group_size=5), "48 inputs do not divide into in_group_size=5"),
         (dataclasses.replace(SMALL, out_group_size=7), "96 outputs do not divide into out_group_size=7"),
+        (dataclasses.replace(SMALL, scale_in_group_size=20, scale_bits=4), "do not divide into scale_in_group_size=20"),
+        (dataclasses.replace(SMALL, scale_out_group_size=36), "do not divide into scale_out_group_size=36"),
         (dataclasses.replace(SMALL, codebook_bits=11), "1152 blocks are fewer than the 2048 entries"),
         (dataclasses.replace(SMALL, codebook_bits=9), "bits a weight, more than 8-bit weights"),
     ):
@@ -231,6 +308,25 @@ def test_what_is_refused() -> None:
             quantize_weight(weight, broken, SMALL)
     with pytest.raises(PassError, match=r"beam_size=0 is not in 1\.\.256"):
         AQ(beam_size=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"scale_in_group_size": 12, "scale_bits": 4}, "scale_in_group_size=12 is no multiple of in_group_size=8"),
+        ({"scale_out_group_size": 3, "out_group_size": 2}, "scale_out_group_size=3 is no multiple of out_group_size=2"),
+        ({"scale_in_group_size": 16}, "scale_in_group_size needs scale_bits"),
+        ({"codebook_value_groups": 4}, "codebook_value_groups needs codebook_value_bits"),
+        (
+            {"codebook_value_groups": 3, "codebook_value_bits": 4},
+            "256 entries do not divide into codebook_value_groups=3",
+        ),
+        ({"scale_in_group_size": -8, "scale_bits": 4}, "scale_in_group_size=-8 is not in 0"),
+    ],
+)
+def test_options_that_contradict_each_other(options: dict[str, int], what: str) -> None:
+    with pytest.raises(PassError, match=what):
+        AQ(**options)  # type: ignore[arg-type]  # all of these are numbers
 
 
 class Net(nn.Module):

@@ -90,6 +90,8 @@ def test_tuning_brings_the_output_closer_and_leaves_the_codes() -> None:
         assert torch.equal(weight.codes, tuned[name].codes)
         assert not torch.equal(weight.codebooks, tuned[name].codebooks)
         assert not torch.equal(weight.scales, tuned[name].scales)
+        for values in (tuned[name].codebooks, tuned[name].scales):  # 16 bits hold them
+            assert torch.equal(values, values.half().float())
 
 
 def test_a_block_that_tuning_makes_worse_stays() -> None:

@@ -1,12 +1,14 @@
 """Quantized weights on the graph: what is written is read back, and is what the layer multiplies by."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor, fx, nn
 
 from passes.graph import find_layers
 from passes.weight_nodes import is_quantized, read_weight, write_weight
-from passes.weights import AffineWeight, CodebookWeight, QuantWeight
+from passes.weights import AffineWeight, CodebookWeight, QuantWeight, from_value_lines, value_lines
 
 
 def _graph() -> fx.GraphModule:
@@ -38,6 +40,15 @@ def _codebook(columns: int) -> CodebookWeight:
     return CodebookWeight(_uint8(3, 2, 2, most=3), torch.randn(2, 4, 2, 4), torch.rand(3, columns), scale_bits=2)
 
 
+def _shared() -> CodebookWeight:
+    """A scale for all three blocks of outputs; values of a codebook's halves from tables."""
+    values = torch.rand(2 * 2 * 8, 1).expand(-1, 2)  # 2 codebooks, 2 runs, 8 places in a block; 2 entries each
+    books = from_value_lines(values, (2, 4, 2, 4), 2)
+    return CodebookWeight(
+        _uint8(3, 2, 2, most=3), books, torch.rand(1, 2), codebook_value_bits=1, codebook_value_groups=2
+    )
+
+
 CASES: dict[str, QuantWeight] = {
     "groups of inputs": _affine(1, False),
     "groups of outputs": _affine(0, False),
@@ -45,6 +56,7 @@ CASES: dict[str, QuantWeight] = {
     "groups of outputs, quantized scales": _affine(0, True),
     "codebooks": _codebook(1),
     "codebooks with a scale for each block": _codebook(2),
+    "codebooks with shared scales and grouped tables": _shared(),
 }
 
 
@@ -103,6 +115,18 @@ def test_codebooks_by_hand(columns: int) -> None:
             scale = weight.scales[a, b if columns > 1 else 0]
             # One rounding per addition and multiplication, in either order.
             assert torch.isclose(weight.dequantize()[row, column], scale * (entries[0] + entries[1]), rtol=1e-6)
+
+
+def test_blocks_share_scales_and_values_tables() -> None:
+    weight = _shared()
+    single = dataclasses.replace(weight, scales=weight.scales[[0, 0, 0]])
+    assert torch.equal(weight.block_scales, single.scales)
+    assert torch.equal(weight.dequantize(), single.dequantize())
+    lines = value_lines(weight.codebooks, 2)
+    assert all(len(line.unique()) == 1 for line in lines)
+    assert torch.equal(lines[9], weight.codebooks[0, 2:, 0, 1])  # the second run's place (0, 1)
+    # 12 codes of 2 bits, 64 values of 1 bit into 32 tables of 2, 2 scales
+    assert weight.bits_per_weight == (12 * 2 + 64 + 32 * 2 * 16 + 2 * 16) / 48
 
 
 def test_nominal_bits() -> None:

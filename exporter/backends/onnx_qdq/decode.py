@@ -17,7 +17,7 @@ from torch import Tensor
 from exporter.backends.onnx_qdq.planes import cut, write_codes
 from exporter.lowering.to_onnx import Array, Builder, numpy_of, packed_int4
 from passes.ops import TINY_SCALE
-from passes.weights import AffineWeight, CodebookWeight, QuantWeight
+from passes.weights import AffineWeight, CodebookWeight, QuantWeight, value_lines
 
 ROUNDED_BLOCK = 128
 """Inputs that share a scale where a weight is rounded again, to 8 bits."""
@@ -137,21 +137,30 @@ def codebook_matrix(
 
 def codebook_entries(b: Builder, weight: CodebookWeight, index: int, *, flat: bool) -> ir.Value:
     """Codebook `index` [entries, og, ig], or `flat` [entries, og ig]: its values, or its table and which each is."""
-    codebook, bits = numpy_of(weight.codebooks[index]), weight.codebook_value_bits
-    if flat:
-        codebook = codebook.reshape(len(codebook), -1)
+    codebook, bits, groups = weight.codebooks[index], weight.codebook_value_bits, weight.codebook_value_groups
+    entries, og, ig = codebook.shape
+    shape = [entries, og * ig] if flat else [entries, og, ig]
     name = f"codebook{index}"
     if not bits:
-        return floats(b, name, codebook)
-    return shaped(b, _from_table(b, name, codebook.reshape(1, -1), bits), codebook.shape)
+        return floats(b, name, numpy_of(codebook).reshape(shape))
+    values = _from_table(b, name, numpy_of(value_lines(codebook[None], groups)), bits)
+    if groups:
+        values = b.op("Transpose", shaped(b, values, [groups, og * ig, entries // groups]), perm=[0, 2, 1])
+    return shaped(b, values, shape)
 
 
 def codebook_scales(b: Builder, weight: CodebookWeight) -> ir.Value:
     """The scales [out / og, 1 or in / ig]: values, or a table a row and which of it each is."""
     scales = numpy_of(weight.scales)
     if not weight.scale_bits or scales.shape[1] <= 2**weight.scale_bits:
-        return floats(b, "weight_scales", scales)
-    return _from_table(b, "weight_scales", scales, weight.scale_bits)
+        stored = floats(b, "weight_scales", scales)
+    else:
+        stored = _from_table(b, "weight_scales", scales, weight.scale_bits)
+    (rows, columns), wanted = scales.shape, list(weight.block_scales.shape)
+    if [rows, columns] == wanted:
+        return stored
+    spread = b.constant("shape", np.array([rows, wanted[0] // rows, columns, wanted[1] // columns], np.int64))
+    return shaped(b, b.op("Expand", shaped(b, stored, [rows, 1, columns, 1]), spread), wanted)
 
 
 def _from_table(b: Builder, name: str, values: Array, bits: int) -> ir.Value:

@@ -156,9 +156,9 @@ class OnnxRuntimeDialect(Dialect):
 
     def _float_matmul(self, b: Builder, node: Node, x: ir.Value) -> ir.Value:
         weight, in_a_function = node.weight, self.forms[node.name].storage == "function"
-        if isinstance(weight, CodebookWeight) and weight.scales.shape[1] == 1:  # scales go to the output
+        if isinstance(weight, CodebookWeight) and weight.block_scales.shape[1] == 1:  # scales go to the output
             y = b.op("MatMul", x, self._float(b, node, scaled=False))
-            scales = np.repeat(numpy_of(weight.scales)[:, 0], weight.codebooks.shape[2])
+            scales = np.repeat(numpy_of(weight.block_scales)[:, 0], weight.codebooks.shape[2])
             y = b.op("Mul", y, floats(b, "weight_scales", scales))
         else:
             y = b.op("MatMul", x, self._float(b, node))

@@ -60,7 +60,7 @@ def codebook_rows(b: Builder, weight: CodebookWeight, indices: ir.Value) -> ir.V
         picked = b.op("Gather", entries, which)  # [..., dim / ig, ig]
         blocks = picked if blocks is None else b.op("Add", blocks, picked)
     scales = codebook_scales(b, weight)
-    scale = b.op("Gather", shaped(b, scales, [*weight.scales.shape, 1]), indices, axis=0)
+    scale = b.op("Gather", shaped(b, scales, [*weight.block_scales.shape, 1]), indices, axis=0)
     return shaped(b, b.op("Mul", blocks, scale), [0] * _rank(indices) + [weight.shape[1]])
 
 

@@ -47,7 +47,7 @@ def joined(weight: QuantWeight) -> TypeGuard[CodebookWeight]:
         return False
     bits = weight.codebook_bits * len(weight.codebooks)
     size, entry = weight.codebooks.shape[1], math.prod(weight.codebooks.shape[2:])
-    if weight.scales.shape[1] > 1 or bits > JOINED_BITS or size != 2**weight.codebook_bits:
+    if weight.block_scales.shape[1] > 1 or bits > JOINED_BITS or size != 2**weight.codebook_bits:
         return False
     return bool(2**bits * entry <= math.prod(weight.shape))
 
@@ -65,15 +65,15 @@ def join(weight: CodebookWeight) -> Table:
 def rounded(weight: CodebookWeight) -> CodebookWeight:
     """The weight whose one codebook is the rounded table."""
     table = join(weight)
-    return CodebookWeight(table.codes[:, :, None], (table.values * table.step)[None], weight.scales)
+    return CodebookWeight(table.codes[:, :, None], (table.values * table.step)[None], weight.block_scales)
 
 
 def table_constants(weight: CodebookWeight) -> tuple[Array, Array]:
     """Codes int8 [in, out] and scale [in / 128, out] as `table_blocks` computes them."""
     table = join(weight)
-    whole = CodebookWeight(table.codes[:, :, None], table.values[None], torch.ones_like(weight.scales))
+    whole = CodebookWeight(table.codes[:, :, None], table.values[None], torch.ones_like(weight.block_scales))
     blocks = -(-weight.shape[1] // ROUNDED_BLOCK)
-    scale = weight.scales[:, 0].float().repeat_interleave(weight.codebooks.shape[2]) * table.step
+    scale = weight.block_scales[:, 0].float().repeat_interleave(weight.codebooks.shape[2]) * table.step
     codes = whole.dequantize().t().contiguous().to(torch.int8)
     return numpy_of(codes), numpy_of(scale.expand(blocks, -1).contiguous())
 
@@ -97,7 +97,7 @@ def table_blocks(b: Builder, weight: CodebookWeight) -> tuple[ir.Value, ir.Value
     else:
         codes = b.op("Transpose", shaped(b, codes, [ins, outs, og, ig]), perm=[0, 3, 1, 2])
     blocks = -(-ins * ig // ROUNDED_BLOCK)
-    scales = floats(b, "weight_scales", np.repeat(numpy_of(weight.scales)[:, 0], og))
+    scales = floats(b, "weight_scales", np.repeat(numpy_of(weight.block_scales)[:, 0], og))
     shape = b.constant("grid_shape", np.array([blocks, outs * og], np.int64))
     return shaped(b, codes, [ins * ig, outs * og]), b.op("Expand", b.op("Mul", scales, step), shape)
 

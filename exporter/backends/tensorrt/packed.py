@@ -156,21 +156,25 @@ def codebook_matrix(b: Builder, weight: CodebookWeight, kind: Kind) -> ir.Value:
         offsets = (np.arange(count) * entries).astype(np.int32).reshape(1, 1, count)
         index = b.op("Add", index, b.constant("codebook_start", offsets))
     books = numpy_of(weight.codebooks)
-    if weight.codebook_value_bits:
+    if weight.codebook_value_bits and not weight.codebook_value_groups:
         table = from_tables(b, "codebook", books.reshape(count, -1), weight.codebook_value_bits, kind)
         table = reshaped(b, table, [count * entries, og * ig])
     else:
-        table = b.constant("codebook", books.astype(kind).reshape(count * entries, og * ig))
-    blocks = b.op("Gather", table, index)  # [outs, ins, count, og ig]
+        stored = narrowed(books.astype(kind))
+        table = b.constant("codebook", stored.reshape(count * entries, og * ig))
+    blocks = of_kind(b, b.op("Gather", table, index), kind)  # [outs, ins, count, og ig]
     if count > 1:
         blocks = b.op("ReduceSum", blocks, b.constant("codebook_axis", np.array([2], np.int64)), keepdims=0)
     blocks = reshaped(b, blocks, [outs, ins, og, ig])
-    scales = numpy_of(weight.scales)
+    scales = numpy_of(weight.block_scales)
     if weight.scale_bits and scales.shape[1] > 2**weight.scale_bits:
         scale = from_tables(b, "scale", scales, weight.scale_bits, kind)
         scale = reshaped(b, scale, [outs, ins, 1, 1])
     else:
-        scale = b.constant("weight_scale", scales.astype(kind).reshape(outs, -1, 1, 1))
+        # TensorRT folds a Cast of a constant, and does not fold a Gather by one index.
+        stored = narrowed(scales.astype(kind)).reshape(1, outs, -1, 1, 1)
+        first = b.op("Gather", b.constant("weight_scale", stored), b.constant("first", np.array([0], np.int32)), axis=0)
+        scale = of_kind(b, reshaped(b, first, [outs, -1, 1, 1]), kind)
     blocks = b.op("Mul", blocks, scale)
     if og > 1:
         blocks = b.op("Transpose", blocks, perm=[0, 2, 1, 3])
@@ -204,6 +208,18 @@ def byte_index(b: Builder, name: str, values: Array) -> ir.Value:
     stored = b.constant(name, np.ascontiguousarray(values.astype(np.int16) - MIDDLE).astype(np.int8))
     value = b.op("Cast", unscaled(b, stored, np.dtype(np.float32)), to=INT32)
     return b.op("Add", value, b.constant("middle", np.array(MIDDLE, np.int32)))
+
+
+def narrowed(values: Array) -> Array:
+    """The values in float16, where that is half the room and changes none."""
+    with np.errstate(over="ignore"):
+        half = values.astype(np.float16)
+    return half if values.dtype == np.float32 and np.array_equal(half, values) else values
+
+
+def of_kind(b: Builder, value: ir.Value, kind: Kind) -> ir.Value:
+    """A value that `narrowed` may have stored, in its own type again."""
+    return b.op("Cast", value, to=ir.DataType.from_numpy(kind).value) if kind == np.float32 else value
 
 
 def unscaled(b: Builder, stored: ir.Value, kind: Kind) -> ir.Value:

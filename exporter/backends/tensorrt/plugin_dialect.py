@@ -183,7 +183,7 @@ def codebook_tensors(weight: CodebookWeight, kind: packed.Kind) -> dict[str, Arr
         return {
             "codes": stored,
             "codebooks": np.pad(books, ((0, 0), (0, missing), (0, 0), (0, 0))).astype(kind),
-            "scales": numpy_of(weight.scales).astype(kind),
+            "scales": numpy_of(weight.block_scales).astype(kind),
         }
 
 
@@ -195,7 +195,7 @@ def codebook_options(weight: CodebookWeight) -> dict[str, Any]:
         "codebook_bits": weight.codebook_bits,
         "in_group": in_group,
         "out_group": out_group,
-        "group_scales": weight.scales.shape[1] > 1,
+        "group_scales": weight.block_scales.shape[1] > 1,
     }
 
 

@@ -22,7 +22,7 @@ from passes.act_quant import ActQuant
 from passes.base import LayerRule, Program
 from passes.graph import tidy, weight_of
 from passes.weight_nodes import read_weight, write_weight
-from passes.weights import AffineWeight, CodebookWeight, QuantWeight
+from passes.weights import AffineWeight, CodebookWeight, QuantWeight, from_value_lines
 from tests.exporter.compiled import Compiled, array, initializers, program_of, quantized, sqnr, typical_sqnr
 from tests.passes.nets import seeded
 
@@ -93,24 +93,35 @@ def with_meta(weight: AffineWeight, group_size: int) -> AffineWeight:
 
 
 def codebooks(
-    count: int, bits: int, ig: int, *, og: int = 1, scale_bits: int = 0, value_bits: int = 0, in_scales: bool = False
+    count: int,
+    bits: int,
+    ig: int,
+    *,
+    og: int = 1,
+    scale_bits: int = 0,
+    value_bits: int = 0,
+    value_groups: int = 0,
+    in_scales: bool = False,
+    shared: tuple[int, int] = (1, 1),
 ) -> Make:
-    """Random codes and entries; values out of tables where bits of them are given."""
+    """Random codes and entries; values out of tables where bits of them are given; `shared` blocks have one scale."""
 
     def make(rows: int, columns: int, generator: torch.Generator) -> CodebookWeight:
         outs, ins = rows // og, columns // ig
         codes = torch.randint(0, 2**bits, (outs, ins, count), generator=generator)
         entries = torch.randn(count, 2**bits, og, ig, generator=generator)
-        scales = torch.rand(outs, ins if in_scales else 1, generator=generator) * 0.05 + 0.01
+        high, wide = shared
+        scales = torch.rand(outs // high, ins // wide if in_scales else 1, generator=generator) * 0.05 + 0.01
         if scale_bits:
-            table = torch.rand(outs, 2**scale_bits, generator=generator) * 0.05 + 0.01
+            table = torch.rand(len(scales), 2**scale_bits, generator=generator) * 0.05 + 0.01
             scales = table.gather(1, torch.randint(0, 2**scale_bits, tuple(scales.shape), generator=generator))
         if value_bits:
-            table = torch.randn(count, 2**value_bits, generator=generator)
-            which = torch.randint(0, 2**value_bits, (count, 2**bits * og * ig), generator=generator)
-            entries = table.gather(1, which).view_as(entries)
+            lines = count * (value_groups * og * ig or 1)
+            table = torch.randn(lines, 2**value_bits, generator=generator)
+            which = torch.randint(0, 2**value_bits, (lines, entries.numel() // lines), generator=generator)
+            entries = from_value_lines(table.gather(1, which), entries.shape, value_groups)
         kind = torch.uint8 if bits <= 8 else torch.int32
-        return CodebookWeight(codes.to(kind), entries, scales, scale_bits, value_bits)
+        return CodebookWeight(codes.to(kind), entries, scales, scale_bits, value_bits, value_groups)
 
     return make
 
@@ -200,6 +211,13 @@ FORMS: dict[str, tuple[Make, Stored]] = {
     "aq_scales_in": (codebooks(2, 8, 8, in_scales=True), rounded("aq_codebook")),
     "aq_scales_table": (codebooks(2, 8, 8, in_scales=True, scale_bits=3), rounded("aq_codebook")),
     "aq_values_table": (codebooks(2, 6, 8, value_bits=4), rounded("aq_codebook")),
+    "aq_values_tables": (codebooks(2, 6, 8, og=2, value_bits=2, value_groups=4), rounded("aq_codebook")),
+    "aq_scales_shared": (codebooks(2, 6, 8, in_scales=True, shared=(2, 4)), rounded("aq_codebook")),
+    "aq_scales_rows": (codebooks(2, 8, 8, shared=(4, 1)), rounded("aq_codebook")),
+    "aq_scales_all": (
+        codebooks(2, 6, 8, in_scales=True, scale_bits=2, shared=(2, 2), value_bits=2, value_groups=2),
+        rounded("aq_codebook"),
+    ),
 }
 
 
@@ -406,6 +424,7 @@ TABLES: dict[str, tuple[Make, str, str]] = {
     "int8_groups": (affine(8, 20), "int8 rows", "Gather"),
     "codebooks": (codebooks(2, 8, 8), "aq_codebook rows", "Gather"),
     "narrow_codebooks": (codebooks(3, 5, 4), "aq_codebook rows", "Gather"),
+    "shared_scales": (codebooks(2, 5, 4, in_scales=True, shared=(2, 2)), "aq_codebook rows", "Gather"),
     "wide_codebook": (codebooks(1, 10, 8, in_scales=True), "aq_codebook rows", "Gather"),
     "tall_codebooks": (codebooks(2, 4, 8, og=2), "aq_codebook folded at load", "Gather"),
     "outputs": (affine(3, 10, axis=0), "uint3 folded at load", "Gather"),

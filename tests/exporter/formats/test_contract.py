@@ -16,7 +16,15 @@ from torch import Tensor
 from exporter.formats import FORMATS, pack_smallest
 from exporter.formats.base import Packed, WeightFormat
 from exporter.formats.bit_stream import pack_bits, packed_width, unpack_bits
-from passes.weights import AffineWeight, CodebookWeight, QuantWeight, code_dtype, code_range, group_columns
+from passes.weights import (
+    AffineWeight,
+    CodebookWeight,
+    QuantWeight,
+    code_dtype,
+    code_range,
+    from_value_lines,
+    group_columns,
+)
 
 WIDTHS = {"int2_group": (1, 2), "int3_hqq": (3,), "int4_group": (3, 4), "int8_channel": (5, 6, 7, 8)}
 """Formats of affine weights."""
@@ -89,14 +97,16 @@ def _codebooks(
     count: int,
     bits: int,
     *,
+    scale_rows: int = 0,
     scale_columns: int = 1,
     scale_bits: int = 0,
     value_bits: int = 0,
+    value_groups: int = 0,
     dtype: torch.dtype = torch.float32,
     halves: bool = False,
     seed: int = 0,
 ) -> CodebookWeight:
-    """A weight of random codes and codebooks."""
+    """A weight of random codes and codebooks; scale_rows 0: as many as rows of blocks."""
     generator = torch.Generator().manual_seed(seed)
 
     def values(rows: int, columns: int, table_bits: int) -> Tensor:
@@ -107,13 +117,16 @@ def _codebooks(
         return distinct.gather(1, torch.randint(2**table_bits, (rows, columns), generator=generator))
 
     codes = torch.randint(2**bits, (*blocks, count), generator=generator)
-    codebooks = values(count, 2**bits * block[0] * block[1], value_bits).view(count, 2**bits, *block)
+    shape = (count, 2**bits, *block)
+    lines = count * (value_groups * block[0] * block[1] or 1)
+    codebooks = from_value_lines(values(lines, math.prod(shape) // lines, value_bits), shape, value_groups)
     return CodebookWeight(
         codes.to(torch.uint8 if bits <= 8 else torch.int32),
         codebooks,
-        values(blocks[0], scale_columns, scale_bits),
+        values(scale_rows or blocks[0], scale_columns, scale_bits),
         scale_bits,
         value_bits,
+        value_groups,
     )
 
 
@@ -172,15 +185,18 @@ def _affine_weights(draw: st.DrawFn) -> tuple[WeightFormat, QuantWeight]:
 
 @st.composite
 def _codebook_weights(draw: st.DrawFn) -> tuple[WeightFormat, QuantWeight]:
-    blocks = (draw(st.integers(1, 9)), draw(st.integers(1, 9)))
+    scales, shared = ((draw(st.integers(1, 4)), draw(st.integers(1, 4))) for _ in range(2))
+    bits = draw(st.integers(1, 12))
     weight = _codebooks(
-        blocks,
+        (scales[0] * shared[0], scales[1] * shared[1]),
         (draw(st.integers(1, 3)), draw(st.integers(1, 8))),
         draw(st.integers(1, 3)),
-        draw(st.integers(1, 12)),
-        scale_columns=draw(st.sampled_from((1, blocks[1]))),
+        bits,
+        scale_rows=scales[0],
+        scale_columns=scales[1],
         scale_bits=draw(st.sampled_from((0, 1, 3, 8))),
         value_bits=draw(st.sampled_from((0, 2, 5, 8))),
+        value_groups=draw(st.sampled_from((0, 1, 2, 2**bits))),
         dtype=draw(st.sampled_from(FLOATS)),
         halves=draw(st.booleans()),
         seed=draw(st.integers(0, 2**16)),
@@ -272,6 +288,11 @@ def test_two_codebooks_take_less_than_two_and_a_tenth() -> None:
     by_table = _codebooks((16, 64), (1, 8), 2, 6, scale_columns=64, scale_bits=3, value_bits=4)
     stored = 16 * 64 * 2 * 6 // 8 + 2 * (2**4 * 4 + 64 * 8 * 4 // 8) + 16 * (2**3 * 4 + 64 * 3 // 8)
     assert _size(by_table) == ("aq_codebook", 8 * stored / (16 * 512))
+    tables = {"scale_bits": 2, "value_bits": 3, "value_groups": 2}
+    shared = _codebooks((16, 64), (1, 8), 2, 6, scale_rows=4, scale_columns=16, **tables)
+    stored = 16 * 64 * 2 * 6 // 8 + 2 * (2 * 8 * 2**3 * 4 + 64 * 8 * 3 // 8) + 4 * (2**2 * 4 + 16 * 2 // 8)
+    assert _size(shared) == ("aq_codebook", 8 * stored / (16 * 512))
+    assert shared.bits_per_weight == (8 * stored - 16 * (2 * 2 * 8 * 2**3 + 4 * 2**2)) / (16 * 512)  # tables of 16 bits
 
 
 # ---- what is refused ------------------------------------------------------------------------------------------------
@@ -321,7 +342,11 @@ def test_codebooks_that_contradict_themselves_are_refused() -> None:
         "codebooks have 1 entries": {"codebooks": weight.codebooks[:, :1]},
         "codes are torch.int32, not torch.uint8": {"codes": weight.codes.int()},
         "codes from 16 to 16 are outside of 0 to 15": {"codes": torch.full_like(weight.codes, 16)},
-        "scales have shape [3, 2], not [3, 1 or 4]": {"scales": weight.scales[:, :2]},
+        "scales have shape [3, 3], which does not divide the [3, 4] blocks": {"scales": weight.scales[:, :3]},
+        "scales have shape [2, 4], which does not divide": {"scales": weight.scales[:2]},
+        "scales have shape [3, 0], which does not divide": {"scales": weight.scales[:, :0]},
+        "16 entries of a codebook do not fall into 3 groups": {"codebook_value_groups": 3},
+        "do not fall into -1 groups": {"codebook_value_groups": -1},
         "not of one floating-point type": {"scales": weight.scales.double()},
         "are not finite": {"codebooks": weight.codebooks * math.inf},
         "4 distinct values do not fit the 2 of scale_bits 1": {"scale_bits": 1},
@@ -349,6 +374,7 @@ CUT: dict[str, QuantWeight] = {
     "int4_group floats": _weight(12, 11, 4, 3, False, floats=True),
     "aq_codebook": _codebooks((6, 5), (2, 4), 2, 8, scale_columns=5),
     "aq_codebook tables": _codebooks((6, 5), (2, 4), 2, 5, scale_columns=5, scale_bits=2, value_bits=3),
+    "aq_codebook shared": _codebooks((6, 6), (2, 4), 2, 5, scale_rows=3, scale_columns=2, value_bits=3, value_groups=4),
 }
 
 
@@ -375,7 +401,8 @@ def test_metadata_that_does_not_fit_the_tensors_is_refused(case: str) -> None:
         changes += [{"dtype": "float3"}]
     if case.startswith("aq_codebook"):
         changes += [{"num_codebooks": 3}, {"entries": 2**17}, {"entries": 3}, {"block": (5, 4)}, {"block": (0, 0)}]
-        changes += [{"scale_columns": 2}, {"scale_columns": 0}, {"scale_bits": 18}, {"codebook_value_bits": -1}]
+        changes += [{"scale_shape": (6, 2)}, {"scale_shape": (6, 0)}, {"scale_bits": 18}, {"codebook_value_bits": -1}]
+        changes += [{"codebook_value_groups": 3}, {"codebook_value_groups": -1}]
     else:
         changes += [{"bits": 9}, {"group_size": 4}, {"symmetric": True}, {"axis": 2}, {"axis": 0, "group_size": 0}]
     for change in changes:
