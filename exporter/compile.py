@@ -20,6 +20,7 @@ from exporter.backends.tensorrt.lower import TensorRTBackend
 from exporter.budget import fit_budget, shortfall
 from exporter.capture import capture
 from exporter.checkpoint import save_checkpoint
+from exporter.device import device_for
 from exporter.engine import build_engine, engine_facts
 from exporter.errors import InputError, InternalError, TargetError
 from exporter.foreign.adopt import adopt
@@ -78,7 +79,7 @@ def compile_path(model: Path, recipe: Recipe, *, progress: Progress) -> CompileR
         if report is not None:
             return CompileResult(report, recipe.out, exit_code(report.gates), tuple(_failed_gates(report)), reused=True)
         recipe = dataclasses.replace(recipe, force=True)
-    with joined() as ranks, output_of(recipe, ranks) as output, faults():
+    with joined(device_for(recipe.device)) as ranks, output_of(recipe, ranks) as output, faults():
         shown = Silent() if ranks.rank else progress
         shown.stage("load")
         loaded = load_model(model, factory=recipe.factory, trust=recipe.trust_model)
@@ -112,7 +113,7 @@ def compile_model(
     )
     if loaded.module is not None and not recipe.inputs:
         recipe = dataclasses.replace(recipe, inputs=specs)
-    alone = Ranks()
+    alone = Ranks(device=device_for(recipe.device))
     with output_of(recipe, alone) as output, faults(), _in_eval_mode(loaded.module):
         given = calibration if calibration is not None or recipe.calib is not None else [example_inputs]
         return _compile(loaded, recipe, output, Silent(), given, alone).report

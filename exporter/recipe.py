@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from exporter.budget_terms import parse_budget
+from exporter.device import device_names
 from exporter.errors import InputError
 from exporter.gates import parse_gate
 from exporter.lowering.lowered import Dtype, WeightsAs
@@ -83,6 +84,7 @@ class Recipe:
     out: Path = Path("out")
     force: bool = False
     provider: Provider = "cpu"
+    device: str = "cpu"
     seed: int = 0
     threads: int = 0
     memory: int = 0
@@ -100,6 +102,7 @@ class Recipe:
         for name, least in (("calib_samples", 1), ("seed", 0), ("threads", 0)):
             if getattr(self, name) < least:
                 raise InputError(f"{getattr(self, name)} is less than {least}", where=flag_of(name))
+        device_names(self.device)
         if not self.target:
             raise InputError("no target", where="--target", fix="give onnx or trt")
         if self.dtype != "float32" and "onnx" in self.target:

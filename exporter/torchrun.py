@@ -11,6 +11,7 @@ import datetime
 import os
 from collections.abc import Iterator
 
+import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
 
@@ -23,14 +24,17 @@ PATIENCE = datetime.timedelta(hours=12)
 
 
 @contextlib.contextmanager
-def joined() -> Iterator[Ranks]:
-    """The ranks of this run; alone when torchrun did not start it. Raises InputError when another rank failed."""
+def joined(device: torch.device) -> Iterator[Ranks]:
+    """The ranks of this run, of which this one computes on `device`; alone when torchrun did not start it.
+
+    What lies on GPUs goes between them by nccl, all else by gloo. Raises InputError when another rank failed.
+    """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
-        yield Ranks()
+        yield Ranks(device=device)
         return
-    dist.init_process_group("gloo", timeout=PATIENCE)
-    ranks = Ranks(dist.get_rank(), world)
+    dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl", timeout=PATIENCE)
+    ranks = Ranks(dist.get_rank(), world, device)
     store = PrefixStore("qexport", _get_default_store())
     try:
         yield ranks

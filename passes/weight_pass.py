@@ -133,7 +133,8 @@ class WeightPass(Pass):
         key = ""
         if program.cache is not None and program.ranks.is_first:
             graphs = [program.graph, *([] if program.float_twin is None else [program.float_twin])]
-            key = first_key((program.cache.versions, self, program.seed), graphs, program.calibration.batches)
+            what = (program.cache.versions, self, program.seed, program.ranks.device.type)
+            key = first_key(what, graphs, program.calibration.batches)
         return program.ranks.from_first(key)
 
     def _kept(self, program: Program, key: str, layer: Layer) -> QuantWeight | None:
