@@ -100,27 +100,51 @@ def untrained(base: Tensor, rank: int, alpha: float, generator: torch.Generator,
     return Adapter(lora_a, torch.zeros(outputs, rank), base.norm(dim=1), alpha, notebook)
 
 
-def fitted(base: Tensor, target: Tensor, hessian: Tensor, rank: int, alpha: float, damp: float) -> Adapter:
-    """An adapter of small layer error tr((target - M V) H (target - M V)^T), M a factor for each row, in closed form.
+def fitted(
+    base: Tensor,
+    target: Tensor,
+    hessian: Tensor,
+    rank: int,
+    alpha: float,
+    damp: float,
+    outer: Tensor | None = None,
+    outer_damp: float = 0.1,
+) -> Adapter:
+    """An adapter of small error tr(G D H D^T), D = target - M V, M a factor for each row, in closed form.
 
-    With H = L L^T (damped), B A is the best approximation of rank `rank` to E = target - base in the norm |E L|:
-    E L = U S Z^T, B A = U_r S_r Z_r^T L^-1 (QERA, Zhang et al., arXiv 2410.06040). Then M is the least-squares gain of
-    each row. base, target [out, in], hessian [in, in] = X^T X / n. Ranks past that of E hold zeros.
+    With G = R R^T and H = L L^T (damped), B A is the best approximation of rank `rank` to E = target - base in the norm
+    |R^T E L|: R^T E L = U S Z^T, B = R^-T U_r S_r^1/2, A = S_r^1/2 Z_r^T L^-1. Without `outer` G is the identity, which
+    is QERA (Zhang et al., arXiv 2410.06040). Then M is the gain of each row that has the least error in H alone.
+
+    base, target [out, in]; hessian [in, in] = X^T X / n; outer [out, out], see passes.output_moments. damp and
+    outer_damp are added to their diagonals, as fractions of the means. Ranks past that of E hold zeros.
     """
-    diagonal = hessian.double().diagonal()
-    mean = diagonal.mean() if bool(diagonal.any()) else diagonal.new_ones(())
-    damped = hessian.double() + torch.diag(torch.where(diagonal > 0, damp * mean, mean))
+    damped = _damped(hessian.double(), damp)
     lower = torch.linalg.cholesky(damped)
-    left, values, right = torch.linalg.svd((target - base).double() @ lower, full_matrices=False)
+    scaled = (target - base).double() @ lower
+    root = None if outer is None else torch.linalg.cholesky(_damped(outer.double(), outer_damp))
+    if root is not None:
+        scaled = root.mT @ scaled
+    left, values, right = torch.linalg.svd(scaled, full_matrices=False)
     kept = min(rank, len(values))
-    root = values[:kept].sqrt()
+    left = left[:, :kept]
+    if root is not None:
+        left = torch.linalg.solve_triangular(root.mT, left, upper=True)
+    size = values[:kept].sqrt()
     lora_b = base.new_zeros(len(base), rank)
     lora_a = base.new_zeros(rank, base.shape[1])
-    lora_b[:, :kept] = (left[:, :kept] * root) * (rank / alpha)
-    lora_a[:kept] = torch.linalg.solve_triangular(lower, root[:, None] * right[:kept], upper=False, left=False)
+    lora_b[:, :kept] = (left * size) * (rank / alpha)
+    lora_a[:kept] = torch.linalg.solve_triangular(lower, size[:, None] * right[:kept], upper=False, left=False)
     adapter = Adapter(lora_a, lora_b, base.new_ones(len(base)), alpha)
     direction = torch.addmm(base, lora_b, lora_a, alpha=adapter.scaling).double()
     seen = direction @ damped
     energy = (seen * direction).sum(1)
     gain = torch.where(energy > 0, (seen * target.double()).sum(1) / energy, 1.0)
     return dataclasses.replace(adapter, magnitude=gain.to(base.dtype) * adapter.norms(base))
+
+
+def _damped(moments: Tensor, damp: float) -> Tensor:
+    """Moments [n, n] with their mean diagonal, times `damp`, added; what is never seen counts as much as the mean."""
+    diagonal = moments.diagonal()
+    mean = diagonal.mean() if bool(diagonal.any()) else diagonal.new_ones(())
+    return moments + torch.diag(torch.where(diagonal > 0, damp * mean, mean))

@@ -2,15 +2,16 @@
 
 Only A, B and m of passes.dora are learned, the codes stay. The start is not the usual one (B = 0) but, layer after
 layer, the adapter of least error against what the float network computes there (passes.dora.fitted): the target is W*
-of passes.asymmetric, so that a layer also makes up for errors of those before it. Then, with `steps`, all of them are
-trained together on the calibration data, by Adam, against the float model's outputs.
+of passes.asymmetric, so that a layer also makes up for errors of those before it, and errors count as much as the
+network's outputs feel them (passes.output_moments). Then, with `steps`, all of them are trained together on the
+calibration data, by Adam, against the float model's outputs.
 """
 
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor, fx
@@ -24,12 +25,11 @@ from passes.calibration import Batch, cut, run_graph
 from passes.dora import Adapter, DoRALinear, fitted, untrained
 from passes.graph import Layer, bias_of, copy_graph, find_layers, inputs_of, weight_of
 from passes.ops import FAKE_QUANTIZE, FAKE_QUANTIZE_DYNAMIC
+from passes.output_moments import Loss, output_moments
 from passes.threads import single_thread
 from passes.walk import Walk
 from passes.weight_nodes import float_copy, read_weight
 from passes.weights import AffineWeight, QuantWeight
-
-Loss = Literal["mse", "kl"]
 
 BATCH = 8
 """Samples of one step."""
@@ -43,22 +43,28 @@ class QDoRA(Pass):
     """Options of the adapters.
 
     rank      rows of A; at most what the layer has
+    bits      of the numbers in A and B, rounded to nearest with one scale a row: 8; 0: float
     alpha     adapters are scaled by alpha / rank; 0: by 1
     steps     of Adam, 8 samples each; 0: the closed form alone, which generalizes better from little data
     lr        of the first step; falls to zero along half a cosine
-    loss      kl: between the softmax of the outputs' last axis, for classifiers and language models; mse
+    loss      by which outputs are compared, in the closed form as in training. kl: between the softmax of the outputs'
+              last axis, for classifiers and language models; mse
     damp      added to the Hessian's diagonal for the closed form, as a fraction of its mean
+    outer     the closed form counts a layer's errors by what they do to the outputs, for which the float network is run
+              backwards once; false: by their squares
     notebook  alpha, start and norm as in the code this follows (see passes.dora)
     adapters  a safetensors file, or a folder of PEFT's, with adapters to take instead of fitting any
     seed      of the order of the samples, and of a random start; added to the recipe's
     """
 
-    rank: int = 16
+    rank: int = 32
+    bits: int = 8
     alpha: float = 0.0
     steps: int = 0
     lr: float = 3e-4
     loss: Loss = "mse"
     damp: float = 0.01
+    outer: bool = True
     notebook: bool = False
     adapters: str = ""
     seed: int = 0
@@ -69,7 +75,9 @@ class QDoRA(Pass):
 
     def __post_init__(self) -> None:
         if self.rank < 1:
-            raise PassError(f"qdora: rank={self.rank} is less than 1", fix="use rank=16")
+            raise PassError(f"qdora: rank={self.rank} is less than 1", fix="use rank=32")
+        if self.bits not in (0, 8):
+            raise PassError(f"qdora: bits={self.bits} is neither 8 nor 0", fix="use bits=8, or 0 for float")
         if self.alpha < 0 or self.steps < 0 or self.lr <= 0 or self.damp < 0:
             raise PassError(
                 "qdora: alpha, steps and damp are at least 0 and lr is positive", fix="use steps=100:lr=0.0003"
@@ -100,7 +108,7 @@ class QDoRA(Pass):
         with single_thread():
             adapters, measured = self._learn(program, layers)
         for layer in layers:
-            attach(program.graph, layer, adapters[layer.name])
+            attach(program.graph, layer, adapters[layer.name], self.bits)
         added = sum(adapter.lora_a.numel() + adapter.lora_b.numel() for adapter in adapters.values())
         weights = sum(layer.weight.meta["val"].numel() for layer in layers)
         return PassResult(tuple(adapters), tuple(skipped), {**measured, "parameters_added": added / weights})
@@ -140,7 +148,7 @@ class QDoRA(Pass):
                 for name, base in bases.items()
             }
         else:
-            adapters = self._fit(program, bases)
+            adapters = self._fit(program, bases, generator)
         student = Student(program, bases, adapters, self.loss)
         batches = program.calibration.batches
         before = Student(program, {}, {}, self.loss).mean_loss(batches)
@@ -153,11 +161,17 @@ class QDoRA(Pass):
     def _rank(self, base: QuantWeight) -> int:
         return min(self.rank, *base.shape)
 
-    def _fit(self, program: Program, bases: Mapping[str, QuantWeight]) -> dict[str, Adapter]:
+    def _fit(
+        self, program: Program, bases: Mapping[str, QuantWeight], generator: torch.Generator
+    ) -> dict[str, Adapter]:
         """The closed form, layer after layer: each sees inputs that come through the adapters before it."""
         scratch = dataclasses.replace(program, graph=copy_graph(program.graph))
         assert program.float_twin is not None  # the pipeline made it in front of the first pass that quantizes
         twins = {layer.name: layer for layer in find_layers(program.float_twin)}
+        outers: dict[str, Tensor] = {}
+        if self.outer:
+            batches = program.calibration.batches
+            outers = output_moments(program.float_twin, bases, batches, self.loss, generator, BATCH)
         walk = Walk(scratch)
         adapters = {}
         for done, layer in enumerate(layer for layer in scratch.layers() if layer.name in bases):
@@ -168,10 +182,11 @@ class QDoRA(Pass):
             try:
                 hessian, cross = walk.hessian(layer), walk.cross(layer)
                 target = shifted_weight(wanted, hessian, cross, ridge=self.damp)
-                adapters[layer.name] = fitted(base, target, hessian[0], rank, self.alpha or rank, self.damp)
+                outer, alpha = outers.get(layer.name), self.alpha or rank
+                adapters[layer.name] = fitted(base, target, hessian[0], rank, alpha, self.damp, outer)
             except PassError as error:
                 raise PassError(error.what, node=layer.name, fix=error.fix) from error
-            attach(scratch.graph, layer, adapters[layer.name])
+            attach(scratch.graph, layer, adapters[layer.name], self.bits)
         return adapters
 
     def _train(self, program: Program, student: "Student", generator: torch.Generator) -> float:

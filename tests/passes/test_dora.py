@@ -162,6 +162,31 @@ def test_the_closed_form_is_the_best_of_its_rank() -> None:
     assert error(adapter.weight(base), weight, hessian) <= error(direction, weight, hessian) * (1 + 1e-6)
 
 
+def test_outer_moments_weigh_the_outputs() -> None:
+    """As before in the norm of both factors; what few outputs feel is spent on them."""
+    weight, base, hessian = problem()
+    roots = torch.randn(OUT, OUT, generator=seeded(3)) * torch.logspace(0, -2, OUT)
+    outer = (roots @ roots.T).double()
+
+    def felt(adapter: Adapter) -> float:
+        left = (weight - base - adapter.scaling * adapter.lora_b @ adapter.lora_a).double()
+        return float(((outer @ left @ hessian.double()) * left).sum())
+
+    found, plain = (fitted(base, weight, hessian, RANK, 1.0, 0.0, each, 0.0) for each in (outer, None))
+    right, left = torch.linalg.cholesky(hessian.double()), torch.linalg.cholesky(outer)
+    values = torch.linalg.svdvals(left.T @ (weight - base).double() @ right)
+    # The factors are float32: |R^-T| of them is a hundred times larger in the directions that count least.
+    assert felt(found) == pytest.approx(float(values[RANK:].square().sum()), rel=1e-3)
+    assert felt(found) < 0.9 * felt(plain)
+
+
+def test_outer_moments_of_nothing_are_the_identity() -> None:
+    weight, base, hessian = problem()
+    plain = fitted(base, weight, hessian, RANK, 1.0, 0.01).weight(base)
+    found = fitted(base, weight, hessian, RANK, 1.0, 0.01, torch.zeros(OUT, OUT)).weight(base)
+    assert close(found, plain)
+
+
 @pytest.mark.parametrize("alpha", [1.0, 16.0])
 def test_more_rank_never_hurts_and_full_rank_is_the_target(alpha: float) -> None:
     weight, base, hessian = problem()
