@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from passes import aq, gptaq, gptq, hqq, rtn
 from passes.aq import AQ
@@ -13,7 +13,11 @@ from passes.device import to_cpu
 from passes.gptaq import GPTAQ
 from passes.gptq import GPTQ
 from passes.hqq import HQQ
+from passes.ranks import Ranks
 from passes.rtn import RTN
+from passes.weight_pass import WeightPass
+from tests.exporter.compiled import program_of, quantized
+from tests.passes.nets import InvertedResidual, seeded
 from tests.passes.pretend_device import DEVICE, Pretend, There
 
 
@@ -71,3 +75,53 @@ def test_a_weight_on_a_device_gets_the_codes_it_gets_on_the_cpu(name: str) -> No
     assert not isinstance(back.codes, There)
     assert back.codes.equal(expected.codes)
     assert back.dequantize().equal(expected.dequantize())
+
+
+class Words(nn.Module):
+    """A table of words, two layers, and a constant that the graph makes by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.first, self.second = nn.Embedding(20, 16), nn.Linear(16, 32), nn.Linear(32, 8)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[N, T] -> [N, T, 8]."""
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        result: Tensor = self.second(torch.relu(self.first(self.table(tokens))) + places[:, None])
+        return result
+
+
+@pytest.mark.parametrize("net", [Words, InvertedResidual])
+@pytest.mark.parametrize(
+    "work",
+    [
+        GPTQ(group_size=16),
+        GPTAQ(activations="rtn"),
+        HQQ(group_size=16, hessian=True),
+        AQ(codebook_bits=3, in_group_size=4, sample=64, rounds=1, kmeans_iterations=2),
+    ],
+    ids=lambda work: work.name,
+)
+def test_a_pass_works_on_the_device_and_leaves_its_results_on_the_cpu(net: type[nn.Module], work: WeightPass) -> None:
+    def program() -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        batches = (
+            [{"tokens": torch.randint(0, 20, (4, 6))} for _ in range(3)]
+            if net is Words
+            else [{"x": torch.randn(4, 3, 8, 8)} for _ in range(3)]
+        )
+        made = program_of(seeded(net), *batches)
+        made.ranks = ranks
+        graph = quantized(made, work).graph
+        return {name: value for name, value in graph.state_dict().items() if "codes" in name}
+
+    ranks = Ranks()
+    expected = program()
+    ranks = Ranks(device=DEVICE)
+    with Pretend() as mode:
+        found = program()
+        assert mode.ran > 100
+    assert found.keys() == expected.keys()
+    assert found
+    assert not any(isinstance(value, There) for value in found.values())
+    assert all(found[name].equal(expected[name]) for name in expected)
