@@ -26,4 +26,4 @@ def backend_for(
     if target != "trt":
         return OnnxBackend(weights_as)
     plugins = flavor == "tensorrt" or (flavor == "auto" and available_flavor("auto") == "tensorrt")
-    return TensorRTBackend(tuple(arch), plugins, dtype)
+    return TensorRTBackend(tuple(arch), plugins, dtype, weights_as)

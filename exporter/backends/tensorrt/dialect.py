@@ -36,6 +36,9 @@ from passes.weights import AffineWeight, CodebookWeight
 CHANNEL_BLOCKS = (128, 64, 32, 16)
 """Blocks tried, in order, for an int4 weight with one scale per channel."""
 
+INT4 = 4
+"""Bits of the narrowest type that TensorRT multiplies."""
+
 MOVES = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze"})
 CUTS = frozenset({"Split", "Slice"})
 
@@ -45,15 +48,20 @@ below it the repeated scales would outweigh the codes."""
 
 
 class TensorRTDialect(Dialect):
-    """Collects in `layers` how every quantized layer was stored."""
+    """Collects in `layers` how every quantized layer was stored.
 
-    def __init__(self) -> None:
+    Symmetric weights of 2 and 3 bits in the layers of `compact` take as many in the file, those of others 4.
+    """
+
+    def __init__(self, compact: frozenset[str] = frozenset()) -> None:
+        self.compact = compact
         self.layers: list[LoweredLayer] = []
 
     def linear(self, b: Builder, node: Node) -> ir.Value:
         weight, x = node.weight, node.value(0)
         assert x is not None
-        if isinstance(weight, AffineWeight) and has_fused_form(weight, integer=bool(node.integer("integer"))):
+        integer = bool(node.integer("integer"))
+        if isinstance(weight, AffineWeight) and has_fused_form(weight, integer=integer, compact=self._is_compact(node)):
             y = self._fused_matmul(b, node, weight, x)
         else:
             y = b.op("MatMul", x, b.op("Transpose", self._packed_matrix(b, node), perm=[1, 0]))
@@ -114,6 +122,8 @@ class TensorRTDialect(Dialect):
         weight = node.weight
         if not isinstance(weight, AffineWeight) or weight.zero_point is not None or weight.axis != 1:
             return self._packed_matrix(b, node)
+        if self._is_compact(node) and weight.bits < INT4:
+            return self._packed_matrix(b, node)
         codes, group_size = numpy_of(weight.codes), group_size_of(weight)
         scale = numpy_of(weight.scale).astype(kind_of(node))
         matrix, kind = matrix_of(b, codes, scale, weight.bits, group_size, inputs_axis=1)
@@ -137,10 +147,14 @@ class TensorRTDialect(Dialect):
     def fake_quantize_dynamic(self, b: Builder, node: Node) -> ir.Value:
         raise NotImplementedError("TensorRT has no per-token activations; the backend refuses them before")
 
+    def _is_compact(self, node: Node) -> bool:
+        return node.name in self.compact
+
     def _record(self, b: Builder, node: Node, kind: str) -> None:
-        """What the layer's weight takes: all constants written for it so far."""
+        """What the layer's weight takes: all constants written for it so far but a bias."""
         codes = next(value for value in b.constants if f".{packed.CODES}" in str(value.name))
-        bits = 8 * b.bytes / math.prod(node.weight.shape)
+        bias = next((value.const_value for value in b.constants if value.name == f"{b.scope}.bias"), None)
+        bits = 8 * (b.bytes - (bias.nbytes if bias is not None else 0)) / math.prod(node.weight.shape)
         self.layers.append(LoweredLayer(node.name, kind, bits, str(codes.name)))
 
 
@@ -185,17 +199,19 @@ def add_block_sums(
     return total if kind == np.float32 else b.op("Cast", total, to=ir.DataType.from_numpy(kind).value)
 
 
-def has_fused_form(weight: AffineWeight, *, integer: bool) -> bool:
+def has_fused_form(weight: AffineWeight, *, integer: bool, compact: bool = False) -> bool:
     """True when a matmul takes the codes as int4 or int8 behind a DequantizeLinear.
 
     Without zero points codes of any width ride in int4: larger than they need, but fused with the matmul. With them,
-    codes of up to 3 bits are decoded by kernels of their own.
+    or `compact`, codes of up to 3 bits are decoded by kernels of their own.
     """
     if weight.axis != 1:
         return False
-    if weight.zero_point is None or (integer and weight.scale.shape[1] == 1):
+    if integer and (weight.zero_point is None or weight.scale.shape[1] == 1):
         return True
-    return weight.bits > 3 and has_whole_groups(weight)
+    if weight.zero_point is None:
+        return weight.bits >= INT4 or not compact
+    return weight.bits >= INT4 and has_whole_groups(weight)
 
 
 def has_whole_groups(weight: AffineWeight) -> bool:

@@ -19,7 +19,7 @@ from exporter.backends.tensorrt.plugin_dialect import KernelFiles, PluginDialect
 from exporter.backends.tensorrt.plugin_rounding import rounded_in_plugins
 from exporter.backends.tensorrt.profiles import choose_profiles
 from exporter.lowering.fuse import fuse
-from exporter.lowering.lowered import Dtype, Lowered
+from exporter.lowering.lowered import Dtype, Lowered, WeightsAs
 from exporter.lowering.ops import LINEAR
 from exporter.lowering.to_onnx import expand, export, save
 from passes.base import Program, TargetRules
@@ -37,11 +37,14 @@ class TensorRTBackend(Backend):
     arch      the GPUs an rtx engine is for (sm80, sm89); none means all from Ampere on
     plugins   3-bit and codebook weights go into plugins, which full TensorRT has and TensorRT for RTX has not
     dtype     type of the values between the layers; inputs and outputs of the network stay float32
+    weights_as   compact: symmetric weights of 2 and 3 bits take no more; else 4, fused with the product; a layer's rule
+              in the recipe wins
     """
 
     arch: tuple[str, ...] = ()
     plugins: bool = False
     dtype: Dtype = "float32"
+    weights_as: WeightsAs = "auto"
 
     name: ClassVar[str] = "trt"
     rules: ClassVar[TargetRules] = TargetRules(
@@ -80,7 +83,10 @@ class TensorRTBackend(Backend):
             weights = {name: rounded_weight(weight, dtype) for name, weight in weights.items()}
         model = export(written, program.calibration.example(), program.dynamic, program.output_names)
         float_softmax(model)
-        dialect = PluginDialect() if self.plugins else TensorRTDialect()
+        compact = frozenset(
+            name for name in weights if program.options_for(name).get("weights_as", self.weights_as) == "compact"
+        )
+        dialect = PluginDialect(compact) if self.plugins else TensorRTDialect(compact)
         taps = expand(model, dialect, weights, program.memory)
         save(model, folder / MODEL)
         inputs = tuple(str(node.target) for node in inputs_of(graph))

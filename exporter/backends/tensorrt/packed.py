@@ -162,7 +162,7 @@ def codebook_matrix(b: Builder, weight: CodebookWeight, kind: Kind) -> ir.Value:
     else:
         stored = narrowed(books.astype(kind))
         table = b.constant("codebook", stored.reshape(count * entries, og * ig))
-    blocks = of_kind(b, b.op("Gather", table, index), kind)  # [outs, ins, count, og ig]
+    blocks = of_kind(b, b.op("Gather", table, index), table, kind)  # [outs, ins, count, og ig]
     if count > 1:
         blocks = b.op("ReduceSum", blocks, b.constant("codebook_axis", np.array([2], np.int64)), keepdims=0)
     blocks = reshaped(b, blocks, [outs, ins, og, ig])
@@ -172,9 +172,9 @@ def codebook_matrix(b: Builder, weight: CodebookWeight, kind: Kind) -> ir.Value:
         scale = reshaped(b, scale, [outs, ins, 1, 1])
     else:
         # TensorRT folds a Cast of a constant, and does not fold a Gather by one index.
-        stored = narrowed(scales.astype(kind)).reshape(1, outs, -1, 1, 1)
-        first = b.op("Gather", b.constant("weight_scale", stored), b.constant("first", np.array([0], np.int32)), axis=0)
-        scale = of_kind(b, reshaped(b, first, [outs, -1, 1, 1]), kind)
+        held = b.constant("weight_scale", narrowed(scales.astype(kind)).reshape(1, outs, -1, 1, 1))
+        first = b.op("Gather", held, b.constant("first", np.zeros(1, np.int32)), axis=0)
+        scale = of_kind(b, reshaped(b, first, [outs, -1, 1, 1]), held, kind)
     blocks = b.op("Mul", blocks, scale)
     if og > 1:
         blocks = b.op("Transpose", blocks, perm=[0, 2, 1, 3])
@@ -217,9 +217,10 @@ def narrowed(values: Array) -> Array:
     return half if values.dtype == np.float32 and np.array_equal(half, values) else values
 
 
-def of_kind(b: Builder, value: ir.Value, kind: Kind) -> ir.Value:
-    """A value that `narrowed` may have stored, in its own type again."""
-    return b.op("Cast", value, to=ir.DataType.from_numpy(kind).value) if kind == np.float32 else value
+def of_kind(b: Builder, value: ir.Value, stored: ir.Value, kind: Kind) -> ir.Value:
+    """A value made of constants that `narrowed` may have stored, in its own type again."""
+    wanted = ir.DataType.from_numpy(kind)
+    return value if stored.dtype == wanted else b.op("Cast", value, to=wanted.value)
 
 
 def unscaled(b: Builder, stored: ir.Value, kind: Kind) -> ir.Value:

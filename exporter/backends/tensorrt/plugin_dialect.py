@@ -40,8 +40,8 @@ ENGINE_TYPES: Mapping[Dtype, str] = {"float16": "FP16", "bfloat16": "BF16"}
 class PluginDialect(TensorRTDialect):
     """Collects in `kernel_sets` what the plugins run: {name: (plugin, the kernels' activation type, kernels)}."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, compact: frozenset[str] = frozenset()) -> None:
+        super().__init__(compact)
         self.kernel_sets: dict[str, tuple[str, Dtype, tuple[GpuKernel, ...]]] = {}
 
     def linear(self, b: Builder, node: Node) -> ir.Value:
