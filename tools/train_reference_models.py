@@ -58,7 +58,7 @@ def jitter_images(images: Tensor) -> Tensor:
     return F.grid_sample(images - BACKGROUND, grid, align_corners=False) + BACKGROUND
 
 
-def _schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+def cosine_schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
     """Linear warm-up over a twentieth of the steps, then a cosine down to zero."""
     warm_up = max(1, steps // 20)
     return torch.optim.lr_scheduler.LambdaLR(
@@ -72,7 +72,7 @@ def train_classifier(model: nn.Module, epochs: int, learning_rate: float) -> nn.
     data = digits()
     count = len(data.train_x)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
-    schedule = _schedule(optimizer, epochs * (count // DIGITS_BATCH))
+    schedule = cosine_schedule(optimizer, epochs * (count // DIGITS_BATCH))
     model.train()
     for _ in range(epochs):
         # the incomplete last batch is left out
@@ -86,15 +86,22 @@ def train_classifier(model: nn.Module, epochs: int, learning_rate: float) -> nn.
     return model.eval()
 
 
+def lm_optimizer(model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
+    """AdamW for a language model: matrices decay, vectors do not."""
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    return torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
+        lr=learning_rate,
+        betas=(0.9, 0.98),
+    )
+
+
 def train_lm(model: nn.Module, steps: int) -> nn.Module:
     """Train on the documentation's bytes in place: AdamW on random windows; weights end rounded to float16."""
     text, _ = documentation_bytes()
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}], lr=2e-3, betas=(0.9, 0.98)
-    )
-    schedule = _schedule(optimizer, steps)
+    optimizer = lm_optimizer(model, 2e-3)
+    schedule = cosine_schedule(optimizer, steps)
     model.train()
     for step in range(steps):
         starts = torch.randint(len(text) - CONTEXT, (LM_BATCH, 1))

@@ -1,0 +1,139 @@
+"""Low-bit weights where layers are wide: python -m tools.bench.wide_lm --model PATH [--rows GLOB]
+
+A language model of tools.models' family, one block of width 1024: layers of 1024 x 1024 (4 of them) and 1024 x 2048
+(2), wide enough for codebooks to pay. It is trained on the documentation's bytes if PATH is not there, about 11 minutes
+of one core that multiplies bfloat16, and is not committed (18 MB). Training that was stopped goes on where it last was
+saved, PATH.part.
+
+Columns are those of tools.bench.lowbit_lm, measured on 192 held-out windows of 128 bytes; settings are chosen on 64
+others (--choose). Training text and windows come from the installed Python's pydoc_data, so figures move with it.
+"""
+
+import argparse
+import math
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from tools.bench.lowbit_lm import FLOAT, Table, chosen, write
+from tools.data import documentation_bytes
+from tools.models import CONTEXT, OptLM
+from tools.train_reference_models import SEED, cosine_schedule, lm_optimizer
+
+WIDTH, FFN, HEADS, LAYERS = 1024, 2048, 8, 1
+STEPS = 1500
+BATCH = 8
+LEARNING_RATE = 4e-4
+SAVED_EVERY = 100
+CALIBRATION = 256
+PLACES = 64
+"""Places in the held-out text; four windows follow each other from each: one to choose by, three to judge by."""
+
+ROWS = {
+    "float": FLOAT,
+    "gptq 3b g64": "gptq:bits=3:group_size=64",
+    "gptq 3b g128": "gptq:bits=3:group_size=128",
+    "aq 2x8 g8": "aq",
+    "aq 2x8 g8, tune": "aq:tune=200",
+    "aq 2x8 g8, qdora": "aq,qdora",
+    "gptq 2b g64": "gptq:bits=2:group_size=64",
+    "hqq 3b g64": "hqq:bits=3:group_size=64",
+}
+"""Name: passes."""
+
+
+def wide_lm() -> nn.Module:
+    """The network, untrained."""
+    torch.manual_seed(SEED)
+    return OptLM(WIDTH, FFN, HEADS, LAYERS)
+
+
+def train(path: Path, steps: int = STEPS) -> None:
+    """Train the network and write its weights in float16."""
+    model = wide_lm()
+    text, _ = documentation_bytes()
+    optimizer = lm_optimizer(model, LEARNING_RATE)
+    schedule = cosine_schedule(optimizer, steps)
+    torch.manual_seed(SEED)
+    parts: dict[str, nn.Module | Optimizer | LRScheduler]
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    part, first = path.with_name(f"{path.name}.part"), 0
+    if part.exists():
+        saved = torch.load(part, weights_only=True)
+        for name, each in parts.items():
+            each.load_state_dict(saved[name])
+        torch.set_rng_state(saved["random"])
+        first = saved["step"]
+    model.train()
+    for step in range(first, steps):
+        starts = torch.randint(len(text) - CONTEXT, (BATCH, 1))
+        window = text[starts + torch.arange(CONTEXT + 1)]
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(window[:, :-1])
+        loss = F.cross_entropy(logits.float().flatten(0, 1), window[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if (step + 1) % SAVED_EVERY == 0:
+            print(f"step {step + 1}/{steps}: perplexity of the batch {math.exp(loss.item()):.2f}", flush=True)
+            state = {name: each.state_dict() for name, each in parts.items()}
+            fresh = part.with_name(f"{part.name}.new")
+            torch.save({**state, "random": torch.get_rng_state(), "step": step + 1}, fresh)
+            os.replace(fresh, part)
+    save_file(model.half().state_dict(), path)
+    part.unlink(missing_ok=True)
+
+
+def load(path: Path) -> nn.Module:
+    """The trained network in float32."""
+    model = wide_lm()
+    model.load_state_dict(load_file(path), strict=True)
+    return model.eval()
+
+
+def calibration() -> dict[str, Tensor]:
+    """{"tokens": [256, 128]}, windows spread over the training text."""
+    text, _ = documentation_bytes()
+    starts = torch.arange(CALIBRATION) * (len(text) // CALIBRATION)
+    return {"tokens": text[starts[:, None] + torch.arange(CONTEXT)].contiguous()}
+
+
+def held_out(choose: bool) -> Tensor:
+    """Windows [64 or 192, 129] of the held-out text: the first behind each of 64 places, or the three behind that."""
+    _, text = documentation_bytes()
+    places = torch.arange(PLACES) * (len(text) // PLACES)
+    which = torch.arange(1) if choose else torch.arange(1, 4)
+    starts = (places[:, None] + which * (CONTEXT + 1)).flatten()
+    return text[starts[:, None] + torch.arange(CONTEXT + 1)].contiguous()
+
+
+def main() -> None:
+    """Parse, train if need be, measure, print."""
+    parser = argparse.ArgumentParser(description="low-bit weights of a wide language model")
+    parser.add_argument("--model", type=Path, required=True, help="its weights; trained if there are none")
+    parser.add_argument("--rows", default="*", help="names of the rows to run, a glob; float always runs")
+    parser.add_argument("--passes", help="one row of these passes instead")
+    parser.add_argument("--choose", action="store_true", help="measure on the windows that settings are chosen by")
+    parser.add_argument("--rounds", type=int, default=30, help="of the latencies; 0: none")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if not arguments.model.exists():
+        train(arguments.model)
+    rows = {"float": FLOAT, arguments.passes: arguments.passes} if arguments.passes else ROWS
+    with tempfile.TemporaryDirectory() as folder:
+        model, windows = load(arguments.model), held_out(arguments.choose)
+        table = Table(model, Path(folder), arguments.rounds, calibration(), windows)
+        write(table, rows, chosen(rows, "*" if arguments.passes else arguments.rows))
+
+
+if __name__ == "__main__":
+    main()
