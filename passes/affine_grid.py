@@ -11,7 +11,7 @@ its step is smaller than max|w| / (2^(b-1) - 1), at the price that +max|w| is ha
 A search clips a few weights to bring the levels of all others closer. It keeps, for each scale, the levels with the
 least sum of a_i (w_i - q_i)^2: first both ends are shrunk by one of SHRINK_FACTORS; asymmetric levels then move by one,
 twice, with the scale times one of MOVED_FACTORS; last the scale takes one of FINE_FACTORS. `mse` counts all weights
-alike; `hessian` takes for a_i the diagonal of the layer's Hessian: what the error costs were it the layer's only one.
+alike; `hessian` takes for a_i what the caller says an error of the weight costs in the layer's output.
 """
 
 import dataclasses
@@ -58,7 +58,7 @@ class AffineGrid:
         """Every weight [out, in] to its nearest level."""
         low, high = self.centred_range()
         grouped = _grouped(weight.float(), self.group_size)
-        codes = torch.round(grouped / self.scale[..., None]).clamp_(low[..., None], high[..., None])
+        codes = _clamped(torch.round(grouped / self.scale[..., None]), low, high)
         return self.with_centred_codes(_ungrouped(codes, weight.shape))
 
     def with_centred_codes(self, centred: Tensor) -> AffineWeight:
@@ -120,9 +120,9 @@ def _fit_levels(
 
     def consider(new_scale: Tensor, new_zero: Tensor) -> None:
         nonlocal scale, zero, least
-        rounded = torch.round(values / new_scale[..., None])
-        rounded.clamp_(-new_zero[..., None], top - new_zero[..., None])
-        error = rounded.mul_(new_scale[..., None]).sub_(values).square_().mul_(costs).sum(-1)
+        rounded = _clamped((values / new_scale[..., None]).round_(), -new_zero, top - new_zero)
+        missed = torch.addcmul(values, rounded, new_scale[..., None], value=-1, out=rounded)
+        error = missed.square_().mul_(costs).sum(-1)
         better = error < least
         least = torch.where(better, error, least)
         scale, zero = torch.where(better, new_scale, scale), torch.where(better, new_zero, zero)
@@ -135,6 +135,13 @@ def _fit_levels(
         for shift, factor in itertools.product(shifts, factors):
             consider(_storable(old_scale * factor, dtype), (old_zero + shift).clamp(0, top))
     return scale, zero
+
+
+def _clamped(codes: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """`codes` [..., n], changed in place, no less than `low` and no more than `high`, both [...]."""
+    # Six times as fast as clamp_, which takes bounds that n numbers share one by one.
+    torch.maximum(codes, low[..., None], out=codes)
+    return torch.minimum(codes, high[..., None], out=codes)
 
 
 def _storable(scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -63,12 +63,13 @@ class GPTQ(GridPass):
     block_size: int = 128
     scale_search: ScaleSearch = "hessian"
     embeddings: int = 8
-    refine: int = 4
+    refine: int = 10
 
     name: ClassVar[str] = "gptq"
     summary: ClassVar[str] = "weights rounded column by column, each making up for the errors before it"
     paper: ClassVar[str] = "arXiv 2210.17323"
     needs_data: ClassVar[bool] = True
+    shares_outputs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -77,7 +78,7 @@ class GPTQ(GridPass):
         if self.block_size < 1:
             raise PassError(f"{self.name}: block_size={self.block_size} is not positive", fix="use block_size=128")
         if self.refine < 0:
-            raise PassError(f"{self.name}: refine={self.refine} is negative", fix="use refine=4, or 0 for none")
+            raise PassError(f"{self.name}: refine={self.refine} is negative", fix="use refine=10, or 0 for none")
 
     def quantize_layer(self, matrix: Tensor, layer: Layer, walk: Walk) -> AffineWeight:
         """quantize_weight with these options, on the layer's second moments."""
@@ -121,26 +122,27 @@ def _quantize(weight: Tensor, hessians: Tensor, options: GPTQ, grid: AffineGrid 
         order = diagonal.masked_fill(dead, -1).argsort(dim=-1, descending=True, stable=True)
     else:
         order = torch.arange(columns, device=weight.device).expand(problems, -1)
-    factor = _unit_factor(_permuted(hessians, order.flip(-1)), dead.sum(-1), options.damp)
+    factor, pivots = _unit_factor(_permuted(hessians, order.flip(-1)), dead.sum(-1), options.damp)
+    importance = _importance(diagonal, pivots, order)
     if grid is None and options.group_size == 0:
-        grid = _fit(alive, diagonal, options)
+        grid = _fit(alive, importance, options)
     parts = []
     for start in range(0, alive.shape[1], OUTPUTS_AT_ONCE):
         run = slice(start, start + OUTPUTS_AT_ONCE)
         given = None if grid is None else _part(grid, problems, run)
-        parts.append(_quantize_outputs(alive[:, run], diagonal, factor, order, given, options))
+        parts.append(_quantize_outputs(alive[:, run], importance, factor, order, given, options))
     return parts[0] if len(parts) == 1 else _joined(parts, problems)
 
 
 def _quantize_outputs(
-    weight: Tensor, diagonal: Tensor, factor: Tensor, order: Tensor, given: AffineGrid | None, options: GPTQ
+    weight: Tensor, importance: Tensor, factor: Tensor, order: Tensor, given: AffineGrid | None, options: GPTQ
 ) -> AffineWeight:
     """Quantize some outputs of every problem, weight [problems, outputs, in]; outputs do not touch each other."""
     columns = weight.shape[2]
     rows = _Rows(_take(weight.float().mT, order))
     width = group_columns(columns, options.group_size)
     if options.act_order or width == columns or given is not None:
-        grid = given or _fit(weight, diagonal, options)
+        grid = given or _fit(weight, importance, options)
         rows.set_grid(grid, order // width, 0)
         for start in range(0, columns, options.block_size):
             block = rows.corrected(factor, start, min(start + options.block_size, columns))
@@ -152,7 +154,7 @@ def _quantize_outputs(
             stop = min(start + step, columns)
             block = rows.corrected(factor, start, stop)
             updated = _updated(rows, factor, start, block).mT.to(weight.dtype)
-            grids.append(_fit(updated, diagonal[:, start:stop], options))
+            grids.append(_fit(updated, importance[:, start:stop], options))
             rows.set_grid(grids[-1], (order[:, start:stop] - start) // width, start)
             _round_block(rows, factor, start, block)
         grid = AffineGrid(
@@ -195,13 +197,13 @@ def _part(grid: AffineGrid, problems: int, outputs: slice) -> AffineGrid:
     return dataclasses.replace(grid, scale=cut(grid.scale), zero_point=zero_point)
 
 
-def _fit(weight: Tensor, diagonal: Tensor, options: GPTQ) -> AffineGrid:
+def _fit(weight: Tensor, importance: Tensor, options: GPTQ) -> AffineGrid:
     """Grids for the outputs of all problems, weight [problems, outputs, in], as those of one matrix.
 
-    diagonal [problems, in] of the Hessians says what an error of a weight costs.
+    `importance` [problems, in] says what an error of a weight counts for.
     """
-    matrix, importance = weight.flatten(0, 1), diagonal.repeat_interleave(weight.shape[1], dim=0)
-    return fit_grid(matrix, options.bits, options.group_size, options.symmetric, options.scale_search, importance)
+    matrix, costs = weight.flatten(0, 1), importance.repeat_interleave(weight.shape[1], dim=0)
+    return fit_grid(matrix, options.bits, options.group_size, options.symmetric, options.scale_search, costs)
 
 
 def _present(value: Tensor | None) -> Tensor:
@@ -257,7 +259,7 @@ def _round_block(rows: _Rows, factor: Tensor, start: int, block: Tensor) -> None
 
 
 def _unit_factor(reversed_hessians: Tensor, dead: Tensor, damp: float) -> Tensor:
-    """Lower triangular R_jk / R_kk at [k, j], ones on the diagonal, of each damped Hessian [problems, in, in] = R R^T.
+    """Of each damped Hessian [problems, in, in] = R R^T: lower triangular R_jk / R_kk at [k, j]; R_kk^2 [problems, in].
 
     The Hessians come with rows and columns in reverse order and are overwritten; `dead` [problems] counts their zero
     diagonal entries.
@@ -291,7 +293,17 @@ def _unit_factor(reversed_hessians: Tensor, dead: Tensor, damp: float) -> Tensor
                 fix="use more calibration samples, or leave the layer out (--skip) or to rtn",
             )
     factor = upper.flip(-1, -2)
-    return factor.div_(factor.diagonal(dim1=-2, dim2=-1).clone()[:, :, None])
+    roots = factor.diagonal(dim1=-2, dim2=-1).clone()
+    return factor.div_(roots[:, :, None]), roots.square()
+
+
+def _importance(diagonal: Tensor, pivots: Tensor, order: Tensor) -> Tensor:
+    """What a squared error of a weight counts for when scales are searched, [problems, in]; 0 for dead inputs.
+
+    It costs H_kk if nothing makes up for it, and R_kk^2, `pivots` in `order`, if all columns behind it do. What GPTQ
+    and refinement make of it lies between; their geometric mean measures better than either.
+    """
+    return torch.empty_like(pivots).scatter_(1, order, pivots).mul_(diagonal).sqrt_()
 
 
 def _permuted(hessians: Tensor, order: Tensor) -> Tensor:

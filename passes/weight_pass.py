@@ -18,6 +18,7 @@ from passes.device import to_cpu
 from passes.graph import Layer, aten, outputs_of, weight_of
 from passes.memory import release
 from passes.ops import FAKE_QUANTIZE, FAKE_QUANTIZE_DYNAMIC
+from passes.siblings import shared_out, siblings_of
 from passes.walk import Walk
 from passes.weight_nodes import is_quantized, write_weight
 from passes.weights import QuantWeight
@@ -62,6 +63,8 @@ class WeightPass(Pass):
 
     prerequisites: ClassVar[tuple[str, ...]] = ("fold-bn",)
     needs_data: ClassVar[bool] = False
+    shares_outputs: ClassVar[bool] = False
+    """The ranks work on one layer together; where they do not, they take layers that read one value in turns."""
 
     def __post_init__(self) -> None:
         if self.embeddings not in (0, 4, 8):
@@ -98,33 +101,38 @@ class WeightPass(Pass):
         layers = program.layers()
         left, done = sum(map(_cost, layers)), 0  # what comes from the cache takes no time, and counts for nothing
         key = self._first_key(program)
-        for layer in layers:
-            program.on_step(layer.name, done, done + left)
-            left -= _cost(layer)
-            try:
-                work = self.for_layer(program, layer)
-                reason = work.reason_to_skip(program, layer)
+        for siblings in siblings_of(layers):
+            turns = []
+            for layer in siblings:
+                with _named(layer):
+                    work = self.for_layer(program, layer)
+                    reason = work.reason_to_skip(program, layer)
                 if reason:
                     skipped.append(Skip(layer.name, reason))
+                    left -= _cost(layer)
                     continue
                 key = next_key(key, layer.name, work)
-                matrix = layer.to_matrix(weight_of(program.graph, layer))
-                quantized = self._kept(program, key, layer)
+                turns.append(_Turn(layer, work, key, self._kept(program, key, layer)))
+            program.on_step(siblings[0].name, done, done + left)
+            divided = _divided(program, [turn for turn in turns if turn.kept is None], walk)
+            for turn in turns:
+                layer, quantized = turn.layer, turn.kept
+                program.on_step(layer.name, done, done + left)
+                left -= _cost(layer)
                 if quantized is None:
-                    quantized = to_cpu(work._quantized(matrix.to(program.ranks.device), layer, walk))
+                    quantized = divided.get(layer.name) or turn.quantized(program, walk)
                     if program.cache is not None and program.ranks.is_first:
-                        program.cache.put(key, quantized)
-                    walk.finished(key)
+                        program.cache.put(turn.key, quantized)
+                    walk.finished(turn.key)
                     done += _cost(layer)
                 else:
-                    walk.passed(key)
-            except PassError as error:
-                raise PassError(error.what, node=layer.name, fix=error.fix) from error
-            release([weight_of(program.graph, layer)])
-            write_weight(program.graph, layer, quantized, program.memory)
-            changed.append(layer.name)
-            stored_bits += quantized.bits_per_weight * matrix.numel()
-            weights += matrix.numel()
+                    walk.passed(turn.key)
+                weight = weight_of(program.graph, layer)
+                release([weight])
+                write_weight(program.graph, layer, quantized, program.memory)
+                changed.append(layer.name)
+                stored_bits += quantized.bits_per_weight * weight.numel()
+                weights += weight.numel()
         measured = {"bits_per_weight": stored_bits / weights} if weights else {}
         return PassResult(tuple(changed), tuple(skipped), measured)
 
@@ -230,8 +238,8 @@ class GridPass(CodePass):
 
     bits          2, 3, 4 or 8
     symmetric     no zero points
-    scale_search  minmax; mse: the range shrunk to the least squared error; hessian: the same, errors counted by their
-                  inputs' mean square, where the pass looks at inputs
+    scale_search  minmax; mse: the range shrunk to the least squared error; hessian: the same, errors counted by what
+                  they cost in the layer's output, where the pass looks at inputs
     """
 
     symmetric: bool
@@ -257,6 +265,49 @@ class GridPass(CodePass):
     def quantize_table(self, table: Tensor) -> QuantWeight:
         """On the pass's own grid."""
         return fit_grid(table, self.embeddings, -1, self.symmetric, self.scale_search).round(table)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Turn:
+    """A layer whose weight is wanted, the pass as it holds for it, and what the cache has under its key."""
+
+    layer: Layer
+    work: WeightPass
+    key: str
+    kept: QuantWeight | None
+
+    def quantized(self, program: Program, walk: Walk) -> QuantWeight:
+        """The layer's weight, quantized on the rank's device."""
+        matrix = self.layer.to_matrix(weight_of(program.graph, self.layer))
+        with _named(self.layer):
+            return to_cpu(self.work._quantized(matrix.to(program.ranks.device), self.layer, walk))
+
+
+def _divided(program: Program, turns: Sequence[_Turn], walk: Walk) -> dict[str, QuantWeight]:
+    """{layer: weight} of siblings, where each rank quantizes whole ones; empty where they are not to be divided.
+
+    Every rank must have one, under the same options: so all ask the walk for the same sums, which they make together.
+    """
+    ranks = program.ranks
+    alike = all(turn.work == turns[0].work for turn in turns)
+    if ranks.world == 1 or len(turns) < ranks.world or not alike or turns[0].work.shares_outputs:
+        return {}
+    mine = shared_out([_cost(turn.layer) for turn in turns], ranks.world)
+    own = {
+        turn.layer.name: turn.quantized(program, walk)
+        for turn, rank in zip(turns, mine, strict=True)
+        if rank == ranks.rank
+    }
+    return {name: weight for theirs in ranks.gather(own) for name, weight in theirs.items()}
+
+
+@contextlib.contextmanager
+def _named(layer: Layer) -> Iterator[None]:
+    """Faults of a layer say its name."""
+    try:
+        yield
+    except PassError as error:
+        raise PassError(error.what, node=layer.name, fix=error.fix) from error
 
 
 def _cost(layer: Layer) -> int:

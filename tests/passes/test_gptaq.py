@@ -116,8 +116,9 @@ def test_kinds_of_static_ranges(activations: Activations) -> None:
 
 def test_eigenvalues_shrink_the_scales_that_gptq_then_uses() -> None:
     problem = layer_problem(64)
-    plain = quantize_weight(problem.weight, problem.hessian, GPTAQ(bits=4, refine=0))
-    adjusted = quantize_weight(problem.weight, problem.hessian, GPTAQ(bits=4, refine=0, eig=True))
+    plain = quantize_weight(problem.weight, problem.hessian, GPTAQ(bits=4, refine=0, scale_search="mse"))
+    options = GPTAQ(bits=4, refine=0, scale_search="mse", eig=True)
+    adjusted = quantize_weight(problem.weight, problem.hessian, options)
     eigenvalues = torch.linalg.eigvalsh(problem.hessian.double())
     factor = float(eigenvalues.mean() / eigenvalues[-1]) ** POWER
     assert torch.allclose(adjusted.scale, plain.scale * factor, rtol=4 * 2.0**-23, atol=0)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 import passes.gptq
 from passes import rtn
+from passes.affine_grid import fit_grid
 from passes.base import PassError
 from passes.gptq import GPTQ, quantize_weight
 from passes.rtn import RTN
@@ -266,3 +267,18 @@ def test_options_that_mean_nothing(options: dict[str, float], message: str) -> N
     with pytest.raises(PassError, match=f"gptq: {message}") as caught:
         GPTQ(**options)
     assert caught.value.fix
+
+
+def test_scale_search_weighs_errors_by_what_making_up_for_them_leaves() -> None:
+    weight, hessian = _problem(6, 40)
+    order = hessian.diagonal().argsort(descending=True, stable=True)
+    damped = hessian.double() + 0.01 * hessian.diagonal().double().mean() * torch.eye(40, dtype=torch.float64)
+    # Given the columns behind it: the last pivot of the Cholesky factor of its block of the Hessian with theirs.
+    rest = [damped[order[k:]][:, order[k:]] for k in range(40)]
+    pivots = torch.stack([1 / torch.linalg.inv(block)[0, 0] for block in rest])
+    importance = torch.empty(40, dtype=torch.float64)
+    importance[order] = (pivots * hessian.diagonal()[order]).sqrt()
+    expected = fit_grid(weight, 3, 8, False, "hessian", importance.float().expand(6, -1))
+    actual = quantize_weight(weight, hessian, GPTQ(bits=3, group_size=8, symmetric=False, refine=0))
+    assert torch.equal(actual.zero_point, expected.zero_point)
+    assert torch.equal(actual.scale, expected.scale)
