@@ -51,6 +51,12 @@ class Adapter:
         """s."""
         return 1.0 if self.notebook else self.alpha / self.rank
 
+    def cpu(self) -> "Adapter":
+        """The same on the CPU, where a program keeps it."""
+        return dataclasses.replace(
+            self, lora_a=self.lora_a.cpu(), lora_b=self.lora_b.cpu(), magnitude=self.magnitude.cpu()
+        )
+
     def norms(self, base: Tensor) -> Tensor:
         """|V|, [out], of the base matrix [out, in]; a row of zeros has the norm 1, as any will do."""
         norms = torch.addmm(base, self.lora_b, self.lora_a, alpha=self.scaling).norm(dim=1)

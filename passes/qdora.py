@@ -172,18 +172,19 @@ class QDoRA(Pass):
         if self.outer:
             batches = program.calibration.batches
             outers = output_moments(program.float_twin, bases, batches, self.loss, generator, BATCH)
-        walk = Walk(scratch)
+        walk, device = Walk(scratch), program.ranks.device
         adapters = {}
         for done, layer in enumerate(layer for layer in scratch.layers() if layer.name in bases):
             program.on_step(layer.name, done, len(bases))
-            base, rank = bases[layer.name].dequantize(), self._rank(bases[layer.name])
+            base, rank = bases[layer.name].dequantize().to(device), self._rank(bases[layer.name])
             twin = twins[layer.name]
-            wanted = twin.to_matrix(weight_of(program.float_twin, twin)).float()
+            wanted = twin.to_matrix(weight_of(program.float_twin, twin)).float().to(device)
             try:
                 hessian, cross = walk.hessian(layer), walk.cross(layer)
                 target = shifted_weight(wanted, hessian, cross, ridge=self.damp)
                 outer, alpha = outers.get(layer.name), self.alpha or rank
-                adapters[layer.name] = fitted(base, target, hessian[0], rank, alpha, self.damp, outer)
+                outer = None if outer is None else outer.to(device)
+                adapters[layer.name] = fitted(base, target, hessian[0], rank, alpha, self.damp, outer).cpu()
             except PassError as error:
                 raise PassError(error.what, node=layer.name, fix=error.fix) from error
             attach(scratch.graph, layer, adapters[layer.name], self.bits)

@@ -14,9 +14,11 @@ from passes.calibration import run_graph
 from passes.graph import find_layers
 from passes.hqq import HQQ
 from passes.qdora import QDoRA
+from passes.ranks import Ranks
 from passes.rtn import RTN
 from passes.weight_nodes import read_weight
 from tests.passes.nets import outputs, program_of, reasons
+from tests.passes.pretend_device import DEVICE, Pretend, There
 
 DIM = 32
 
@@ -94,6 +96,23 @@ def test_adapters_take_8_bits_unless_told_otherwise() -> None:
 def test_outer_moments_win_back_more() -> None:
     plain, found = (distance(run(LOW, QDoRA(rank=2, outer=outer))[0]) for outer in (False, True))
     assert found < 0.95 * plain
+
+
+def test_the_closed_form_works_on_the_device_and_leaves_its_results_on_the_cpu() -> None:
+    def program(ranks: Ranks) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        found = program_of(Blocks(), {"x": torch.randn(64, DIM)})
+        found.ranks = ranks
+        Pipeline((LOW, QDoRA(rank=4)), PASSES).run(found)
+        return {name: value for name, value in found.graph.state_dict().items() if "lora" in name}
+
+    expected = program(Ranks())
+    with Pretend() as mode:
+        found = program(Ranks(device=DEVICE))
+        assert mode.ran > 100
+    assert found.keys() == expected.keys()
+    assert found
+    assert all(value.equal(expected[name]) and not isinstance(value, There) for name, value in found.items())
 
 
 def test_layers_left_in_float_are_skipped() -> None:
