@@ -7,6 +7,7 @@ from pathlib import Path
 from exporter.backends.tensorrt.bundle import EngineResult
 from exporter.backends.tensorrt.cast import TYPES, cast, typed
 from exporter.backends.tensorrt.widen import in_float32
+from exporter.blocks import NodeByNode
 from exporter.causes import explain, worth_a_look
 from exporter.engine import engine_session
 from exporter.evidence import gather
@@ -18,14 +19,24 @@ from exporter.recipe import Recipe
 from exporter.report import AllSums, Report, Sums
 from exporter.stage_noise import measure_stages
 from exporter.stages import with_stages
-from exporter.validate import OutputFigures, compare_layers, compare_outputs, eager_session, evaluate_metrics
+from exporter.validate import (
+    OutputFigures,
+    compare_layers,
+    compare_outputs,
+    eager_session,
+    evaluate_metrics,
+    layer_batches,
+    layer_bytes,
+)
 from passes.base import Program
-from passes.memory import Memory
 from runtimes.base import OnDemand, Session
 from runtimes.ort import OnnxRuntime
 
 COPIES = 5
 """Of a model's file that are held while onnxruntime optimizes it, and while the stages of its layers are told apart."""
+
+NETWORKS = 10
+"""Whose layers' outputs are held at once while the stages are told apart."""
 
 
 def judge_all(
@@ -78,10 +89,10 @@ def _judge(
     folded = engine.folded if engine else ()
     warnings: list[str] = []
     runtime = OnnxRuntime(provider=recipe.provider, threads=recipe.threads)
-    roomy = fits(program.memory, folder, warnings)
+    roomy = fits(program, folder, warnings)
     if "onnx" in lowered:
         plain = eager_session(program, main.graph)
-        parity["onnxruntime_unoptimized"] = (plain, OnDemand(OnnxRuntime(optimize=False), main.artifact))
+        parity["onnxruntime_unoptimized"] = (plain, NodeByNode(main.artifact))
     if "onnx" in lowered and roomy:
         artifact = main.artifact
         sessions["onnxruntime"] = OnDemand(runtime, artifact)
@@ -93,7 +104,7 @@ def _judge(
     if "trt" in lowered:
         trt = lowered["trt"]
         plain = eager_session(program, trt.graph)
-        parity["tensorrt_dialect"] = (plain, OnDemand(OnnxRuntime(optimize=False), trt.artifact))
+        parity["tensorrt_dialect"] = (plain, NodeByNode(trt.artifact))
         session = engine_session(trt, engine, folder, warnings)
         if session is not None:
             sessions["tensorrt"] = session
@@ -127,10 +138,16 @@ def _judge(
     )
 
 
-def fits(memory: Memory, folder: Path, warnings: list[str]) -> bool:
-    """True when there is room for several copies of the model's file at once."""
+def fits(program: Program, folder: Path, warnings: list[str]) -> bool:
+    """True when there is room for several copies of the model's file, and of its layers' outputs, at once."""
+    limit = program.memory.limit
+    if not limit:
+        return True
     needed = COPIES * max(path.stat().st_size for path in folder.rglob("*.onnx*"))
-    if not memory.limit or needed <= memory.limit:
+    if needed <= limit:
+        batch = layer_batches(program)[0]
+        needed += NETWORKS * layer_bytes(program) * len(next(iter(batch.values())))
+    if needed <= limit:
         return True
     warnings.append(
         f"run node by node only: onnxruntime as shipped, its kernels and the stages of layers were not measured, "

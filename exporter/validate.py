@@ -13,18 +13,14 @@ weights, as they were before the first quantizing pass.
 """
 
 import math
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import onnx
 import torch
 from torch import Tensor, fx
 
+from exporter.blocks import NodeByNode
 from exporter.errors import InputError
 from exporter.load import resolve_callable
 from exporter.lockstep import InStep, float_layers, marked_layers
@@ -38,9 +34,8 @@ from passes.graph import Layer, find_layers, get_tensor
 from passes.memory import release
 from passes.ops import FAKE_QUANTIZE, FAKE_QUANTIZE_DYNAMIC
 from passes.weight_nodes import is_quantized
-from runtimes.base import Array, Artifact, RuntimeFault, Session
+from runtimes.base import Array, RuntimeFault, Session
 from runtimes.eager import EagerSession
-from runtimes.ort import OnnxRuntime
 
 LAYER_BATCH = 8
 """Samples whose layer outputs are held at once, if they take no more than LAYER_BYTES."""
@@ -81,13 +76,17 @@ def compare_outputs(
     return {name: comparison.figures() for name, comparison in comparisons.items()}
 
 
-def layer_batches(program: Program) -> list[Batch]:
-    """The held-out samples in batches small enough to hold every layer's output."""
+def layer_bytes(program: Program) -> int:
+    """Of all layers' outputs at one sample, in one network."""
     twin = program.float_twin or program.graph
     first = next(cut(program.calibration.holdout[0], 1))
     layers = {layer.name: layer for layer in find_layers(twin)}
-    size = max(1, sum(output.nbytes for _, (_, output) in float_layers(twin, layers, first)))
-    at_once = max(1, min(LAYER_BATCH, LAYER_BYTES // size))
+    return sum(output.nbytes for _, (_, output) in float_layers(twin, layers, first))
+
+
+def layer_batches(program: Program) -> list[Batch]:
+    """The held-out samples in batches small enough to hold every layer's output."""
+    at_once = max(1, min(LAYER_BATCH, LAYER_BYTES // max(1, layer_bytes(program))))
     return [small for batch in program.calibration.holdout for small in cut(batch, at_once)]
 
 
@@ -134,21 +133,29 @@ def _run_networks(
     twins = {layer.name: layer for layer in find_layers(twin)}
     quantized = {layer.name: layer for layer in find_layers(program.graph)}
     batches = layer_batches(program)
-    with tempfile.TemporaryDirectory() as folder:
-        tapped = tapped_session(lowered, Path(folder))
-        for index, batch in enumerate(batches):
-            progress(index, len(batches))
-            from_file = tapped.run(arrays(batch))
-            simulated, plain = (InStep(marked_layers(graph, batch)) for graph in (lowered.simulated, lowered.graph))
-            for name, (value, expected) in float_layers(twin, twins, batch):
-                if name not in found:
-                    continue
-                comparison, in_network, in_file = found[name], simulated.take(name), from_file[lowered.taps[name]]
-                comparison.own.add(expected, own_output(program.graph, quantized[name], value).numpy())
-                comparison.accumulated.add(expected, in_network)
-                comparison.sums.add(expected, in_network, len(next(iter(batch.values()))))
-                comparison.runtime.add(expected, in_file)
-                comparison.lowering.add(plain.take(name), in_file)
+    file = NodeByNode(lowered.artifact, lowered.taps.values())
+    for index, batch in enumerate(batches):
+        progress(index, len(batches))
+        written = InStep(tapped_layers(file, lowered.taps, batch))
+        simulated, plain = (InStep(marked_layers(graph, batch)) for graph in (lowered.simulated, lowered.graph))
+        for name, (value, expected) in float_layers(twin, twins, batch):
+            if name not in found:
+                continue
+            comparison, in_network, in_file = found[name], simulated.take(name), written.take(name)
+            comparison.own.add(expected, own_output(program.graph, quantized[name], value).numpy())
+            comparison.accumulated.add(expected, in_network)
+            comparison.sums.add(expected, in_network, len(next(iter(batch.values()))))
+            comparison.runtime.add(expected, in_file)
+            comparison.lowering.add(plain.take(name), in_file)
+
+
+def tapped_layers(file: NodeByNode, taps: Mapping[str, str], batch: Batch) -> Iterator[tuple[str, Array]]:
+    """(layer, output) in the file in onnxruntime, unoptimized: to see a value keeps the optimizer from fusing."""
+    layers: dict[str, list[str]] = {}
+    for layer, value in taps.items():
+        layers.setdefault(value, []).append(layer)
+    for name, array in file.values(arrays(batch)):
+        yield from ((layer, array) for layer in layers.get(name, ()))
 
 
 def _layer_diff(
@@ -234,33 +241,6 @@ def evaluate(graph: fx.GraphModule, node: fx.Node) -> Tensor:
     result: Tensor = node.target(*args, **node.kwargs)
     release(arg for arg in args if isinstance(arg, Tensor))
     return result
-
-
-def tapped_session(lowered: Lowered, folder: Path) -> Session:
-    """The artifact, unoptimized, with every layer's output among its outputs.
-
-    Unoptimized, because making a value visible would keep the optimizer from fusing the layer.
-    """
-    artifact = lowered.artifact
-    model = onnx.load(artifact.model, load_external_data=False)
-    present = {value.name for value in model.graph.output}
-    taps = [name for name in dict.fromkeys(lowered.taps.values()) if name not in present]
-    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in taps)
-    path = folder / "tapped.onnx"
-    onnx.save(model, path)
-    weights = artifact.model.with_name(f"{artifact.model.name}.data")
-    if weights.exists():
-        link(weights, folder / weights.name)
-    outputs = (*artifact.outputs, *taps)
-    return OnnxRuntime(optimize=False).load(Artifact("onnxruntime", path, artifact.inputs, outputs))
-
-
-def link(source: Path, target: Path) -> None:
-    """The same file in another folder: by a second name, or a copy where the file system has none."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def predictor(session: Session) -> Callable[[Mapping[str, Any]], dict[str, Array]]:
