@@ -258,7 +258,7 @@ def _round_block(rows: _Rows, factor: Tensor, start: int, block: Tensor) -> None
         torch.addcmul(rows.weight[:, row], codes, scale, value=-1, out=rows.errors[:, row])
 
 
-def _unit_factor(reversed_hessians: Tensor, dead: Tensor, damp: float) -> Tensor:
+def _unit_factor(reversed_hessians: Tensor, dead: Tensor, damp: float) -> tuple[Tensor, Tensor]:
     """Of each damped Hessian [problems, in, in] = R R^T: lower triangular R_jk / R_kk at [k, j]; R_kk^2 [problems, in].
 
     The Hessians come with rows and columns in reverse order and are overwritten; `dead` [problems] counts their zero
