@@ -29,7 +29,7 @@ from passes.base import Program
 from passes.calibration import Batch
 from passes.graph import Layer, find_layers, get_tensor
 from passes.memory import release
-from passes.ops import FAKE_QUANTIZE, FAKE_QUANTIZE_DYNAMIC
+from passes.ops import E4M3_MAX, FAKE_QUANTIZE, FAKE_QUANTIZE_DYNAMIC
 from passes.weight_nodes import is_quantized, read_weight
 from passes.weights import AffineWeight, CodebookWeight, QuantWeight
 
@@ -204,7 +204,10 @@ def _code_bits(weight: QuantWeight) -> float:
 
 def clipping(matrix: Tensor, rounded: Tensor, stored: AffineWeight) -> tuple[float, float]:
     """(share of W [out, in] that its codes cannot reach, their share of the squared error)."""
-    low, high = (0, 2**stored.bits - 1) if stored.zero_point is not None else signed_range(stored.bits)
+    if stored.is_float8:
+        low, high = -E4M3_MAX, E4M3_MAX
+    else:
+        low, high = (0, 2**stored.bits - 1) if stored.zero_point is not None else signed_range(stored.bits)
     bottom, top = _filled(stored, low), _filled(stored, high)
     half = (top - bottom) / (2 * (high - low))
     outside = (matrix < bottom - half) | (matrix > top + half)
@@ -235,7 +238,7 @@ def _input_bits(layer: Layer) -> int | None:
     low, high = source.args[3], source.args[4]
     assert isinstance(low, int)
     assert isinstance(high, int)
-    return (high - low).bit_length()
+    return 8 if high == E4M3_MAX else (high - low).bit_length()
 
 
 def _static_range(graph: fx.GraphModule, layer: Layer) -> tuple[float, float] | None:

@@ -21,8 +21,9 @@ from torch import Tensor, fx
 from passes.base import Pass, PassError, PassResult, Program, Skip
 from passes.calibration import watch_values
 from passes.graph import Layer, add_tensor, aten, call_before, constant_root, single_user
-from passes.ops import FAKE_QUANTIZE, FAKE_QUANTIZE_DYNAMIC
+from passes.ops import E4M3_MAX, FAKE_QUANTIZE, FAKE_QUANTIZE_DYNAMIC
 from passes.ranges import Method, Observer, QuantRange, choose_range
+from passes.rtn import Format, require_float8
 
 ACTIVATIONS = frozenset({aten.relu.default, aten.hardtanh.default, aten.clamp.default, aten.clamp_min.default})
 MOVES = frozenset(
@@ -61,13 +62,17 @@ class Point:
 
 @dataclasses.dataclass(frozen=True)
 class ActQuant(Pass):
-    """Options: bits 4 or 8; mode static or token; method minmax, percentile, mse; percentile of values kept."""
+    """Options: bits 4 or 8; mode static or token; method minmax, percentile, mse; percentile of values kept.
+
+    format   int; fp8: static 8-bit floats E4M3, whose largest is the largest observed value, whatever the method
+    """
 
     bits: int = 8
     mode: Literal["static", "token"] = "static"
     method: Method = "mse"
     percentile: float = 99.99
     symmetric: bool = False
+    format: Format = "int"
 
     name: ClassVar[str] = "act-quant"
     summary: ClassVar[str] = "activation fake-quant nodes: static per tensor, or dynamic per token"
@@ -78,6 +83,10 @@ class ActQuant(Pass):
         """The width must be 4 or 8, the target must know per-token ranges if asked for, static ones need data."""
         if self.bits not in (4, 8):
             raise PassError(f"act-quant has no {self.bits}-bit activations", fix="use bits=8 or bits=4")
+        if self.format == "fp8":
+            require_float8(program, "act-quant")
+            if self.bits != 8 or self.mode != "static":
+                raise PassError("act-quant: format=fp8 has 8 bits and static ranges", fix="use act-quant:format=fp8")
         if self.mode == "token" and not program.rules.dynamic_activations:
             raise PassError(
                 f"target {program.rules.name} has no per-token activations", fix="use act-quant:mode=static"
@@ -136,6 +145,8 @@ class ActQuant(Pass):
         for node, observer in seen.items():
             if not (math.isfinite(observer.low) and math.isfinite(observer.high)):
                 raise PassError("its values on the calibration data are not finite", node=node.name)
+        if self.format == "fp8":
+            return {node: float8_range(observer) for node, observer in seen.items()}
         if self.method != "minmax":
             watch_values(program.graph, program.calibration.batches, count)
         symmetric = self.symmetric or program.rules.symmetric_activations
@@ -143,6 +154,12 @@ class ActQuant(Pass):
             node: choose_range(observer, self.bits, symmetric, self.method, self.percentile, ceiling_of(node))
             for node, observer in seen.items()
         }
+
+
+def float8_range(observer: Observer) -> QuantRange:
+    """The largest observed value is the largest number: 8-bit floats lose no precision to a wide range."""
+    largest = max(-observer.low, observer.high)
+    return QuantRange(largest / E4M3_MAX or 1.0, 0, -E4M3_MAX, E4M3_MAX)
 
 
 def ceiling_of(node: fx.Node) -> float:

@@ -36,6 +36,7 @@ class TargetRules:
     dynamic_activations    per-token ranges computed at run time are possible
     weight_zero_point      weights may have a zero point
     linear_bits, conv_bits, embedding_bits   widths of weights the target can store
+    float8                 weights and activations may be 8-bit floats (E4M3)
     conv_groups            convolutions may have group_size > 0 (and still be stored packed)
     """
 
@@ -51,6 +52,7 @@ class TargetRules:
     conv_bits: frozenset[int] = frozenset({2, 3, 4, 8})
     embedding_bits: frozenset[int] = frozenset({4, 8})
     conv_groups: bool = True
+    float8: bool = False
 
     def strictest(self, other: "TargetRules") -> "TargetRules":
         """Rules under which one program serves both targets."""
@@ -67,6 +69,7 @@ class TargetRules:
             conv_bits=self.conv_bits & other.conv_bits,
             embedding_bits=self.embedding_bits & other.embedding_bits,
             conv_groups=self.conv_groups and other.conv_groups,
+            float8=self.float8 and other.float8,
         )
 
 

@@ -14,6 +14,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+E4M3 = torch.float8_e4m3fn
+E4M3_MAX = 448
+"""The largest number of the 8-bit floats; fake_quantize with codes from -448 to 448 rounds to these."""
+
 TINY_SCALE = 1e-30
 """Floor of a dynamic scale: a row of zeros stays zeros instead of dividing by zero."""
 
@@ -22,8 +26,12 @@ TINY_SCALE = 1e-30
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
     """Quantize and dequantize `x` [...] by one `scale` [] and `zero_point` [] (int32).
 
-    Computed in float32 whatever the type of `x`, which the result has too: so do the runtimes.
+    Computed in float32 whatever the type of `x`, which the result has too: so do the runtimes. Codes from -E4M3_MAX to
+    E4M3_MAX are 8-bit floats, and have no zero point.
     """
+    if quant_max == E4M3_MAX:
+        codes = (x.float() / scale.float()).clamp_(quant_min, quant_max).to(E4M3)
+        return (codes.float() * scale.float()).to(x.dtype)
     codes = torch.round(x.float() / scale.float()).add_(zero_point).clamp_(quant_min, quant_max)
     return codes.sub_(zero_point).mul_(scale.float()).to(x.dtype)
 

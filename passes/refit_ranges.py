@@ -19,7 +19,7 @@ from passes.base import Program
 from passes.calibration import Stream
 from passes.graph import Layer, add_tensor, find_layers, get_tensor, weight_of
 from passes.layer_inputs import layer_rows
-from passes.ops import DEQUANTIZE, FAKE_QUANTIZE, fake_quantize
+from passes.ops import DEQUANTIZE, E4M3_MAX, FAKE_QUANTIZE, fake_quantize
 from passes.ranges import QuantRange, as_range
 
 FACTORS = (1.0, 0.7, 0.8, 0.87, 0.94, 1.07, 1.15, 1.25)
@@ -54,6 +54,8 @@ def refit_ranges(program: Program) -> tuple[str, ...]:
         readers = [layers[user] for user in node.users if user in layers]
         if node.target is not FAKE_QUANTIZE or not readers or len(readers) < len(node.users):
             continue
+        if node.args[4] == E4M3_MAX:
+            continue  # 8-bit floats lose nothing to a wide range
         stream.advance(node)
         inputs = stream.values(node.args[0])
         # All its layers read the same value of the twin too. Their own order in the graph may be any.

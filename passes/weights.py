@@ -14,14 +14,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from passes.ops import dequantize, dequantize_codebook, spread_scales
+from passes.ops import E4M3, dequantize, dequantize_codebook, spread_scales
 
 
 @dataclasses.dataclass(frozen=True)
 class AffineWeight:
     """A quantized matrix [out, in]; a convolution's is [out, in / groups * kernel].
 
-    codes        [out, in]          int8 (symmetric) or uint8 (asymmetric)
+    codes        [out, in]          int8 (symmetric) or uint8 (asymmetric); float8_e4m3fn (symmetric, of 8 bits)
     scale        [out or 1, groups] float32; along axis 0: [out / group_size, in]
     zero_point   as scale, or None  float32, whole numbers unless an algorithm says otherwise
     group_size   k: groups of k inputs; -1: one per output channel; 0: one for the tensor
@@ -44,6 +44,11 @@ class AffineWeight:
         """(out, in)."""
         rows, columns = self.codes.shape
         return rows, columns
+
+    @property
+    def is_float8(self) -> bool:
+        """True when the codes are 8-bit floats."""
+        return self.codes.dtype == E4M3
 
     def dequantize(self) -> Tensor:
         """The float matrix [out, in] this weight stands for."""

@@ -2,6 +2,7 @@
 
 from exporter.formats.aq_codebook import AqCodebook
 from exporter.formats.base import Packed, WeightFormat
+from exporter.formats.fp8_channel import Fp8Channel
 from exporter.formats.int2_group import Int2Group
 from exporter.formats.int3_hqq import Int3Hqq
 from exporter.formats.int4_group import Int4Group
@@ -9,7 +10,7 @@ from exporter.formats.int8_channel import Int8Channel
 from passes.weights import QuantWeight
 
 FORMATS: dict[str, WeightFormat] = {
-    form.name: form for form in (AqCodebook(), Int2Group(), Int3Hqq(), Int4Group(), Int8Channel())
+    form.name: form for form in (AqCodebook(), Int2Group(), Int3Hqq(), Int4Group(), Int8Channel(), Fp8Channel())
 }
 """Every format by name."""
 

@@ -24,6 +24,8 @@ class AffineFormat(WeightFormat):
     """A format of AffineWeight; subclasses say which widths of code they hold and how codes and zero points lie."""
 
     widths: ClassVar[range]
+    float8: ClassVar[bool] = False
+    """Its codes are 8-bit floats, not integers."""
 
     @abc.abstractmethod
     def pack_matrix(self, weight: AffineWeight) -> Tensor:
@@ -47,6 +49,8 @@ class AffineFormat(WeightFormat):
         """Affine weights of its widths that do not contradict themselves."""
         if not isinstance(weight, AffineWeight):
             return "it does not hold codebooks"
+        if weight.is_float8 != self.float8:
+            return f"it does not hold {weight.codes.dtype}"
         return self._fault_of_width(weight.bits) or fault_of(weight)
 
     def pack(self, weight: QuantWeight) -> Packed:
@@ -167,19 +171,33 @@ QUANTIZED_VALUES = _QuantizedValues()
 
 def fault_of(weight: AffineWeight) -> str:
     """What contradicts the definition of an AffineWeight; empty when nothing does."""
-    codes, scale, zero_point = weight.codes, weight.scale, weight.zero_point
-    symmetric = zero_point is None
+    codes, symmetric = weight.codes, weight.zero_point is None
     if codes.dim() != 2 or not codes.numel():
         return f"codes have shape {list(codes.shape)}, not [out, in]"
+    if weight.is_float8:
+        return _fault_of_float8(weight) or _fault_of_scales(weight)
     if codes.dtype != code_dtype(symmetric):
         return f"codes are {codes.dtype}, not {code_dtype(symmetric)}"
     low, high = code_range(weight.bits, symmetric)
     least, most = (int(value) for value in codes.aminmax())
     if least < low or most > high:
         return f"codes from {least} to {most} are outside of {low} to {high}, the range of {weight.bits} bits"
+    return _fault_of_scales(weight)
+
+
+def _fault_of_float8(weight: AffineWeight) -> str:
+    """What 8-bit floats cannot be beside their codes; empty when it is not so."""
+    if weight.zero_point is not None or weight.bits != 8:
+        return "8-bit floats are symmetric codes of 8 bits"
+    return "" if bool(weight.codes.float().isfinite().all()) else "codes are not finite"
+
+
+def _fault_of_scales(weight: AffineWeight) -> str:
+    """What contradicts the definition in scales and zero points; empty when nothing does."""
+    scale, zero_point, symmetric = weight.scale, weight.zero_point, weight.zero_point is None
     if weight.axis not in (0, 1):
         return f"axis {weight.axis} is not 0 or 1"
-    rows = codes.shape[0]
+    rows = weight.codes.shape[0]
     if weight.axis == 0 and (weight.group_size < 1 or rows % weight.group_size):
         return f"{rows} outputs do not fall into groups of {weight.group_size}"
     shape = _scale_shape(weight.shape, weight.group_size, weight.axis)

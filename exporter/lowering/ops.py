@@ -96,7 +96,7 @@ DOMAIN = "qexport"
 _FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
 _TYPES = [
     ("T", _FLOATS, "values"),
-    ("C", ["tensor(int8)", "tensor(uint8)", "tensor(int32)"], "codes"),
+    ("C", ["tensor(int8)", "tensor(uint8)", "tensor(int32)", "tensor(float8e4m3fn)"], "codes"),
     ("Z", [*_FLOATS, "tensor(int32)"], "zero points"),
     ("I", ["tensor(int64)", "tensor(int32)"], "indices"),
 ]

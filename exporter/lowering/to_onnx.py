@@ -338,6 +338,8 @@ def packed_int4(codes: Array, name: str, *, signed: bool) -> ir.TensorProtocol:
 
 def numpy_of(tensor: Tensor) -> Array:
     """A tensor's values."""
+    if tensor.dtype == torch.float8_e4m3fn:
+        return tensor.detach().cpu().view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn)
     if tensor.dtype == torch.bfloat16:
         return tensor.detach().cpu().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     return tensor.detach().cpu().numpy()

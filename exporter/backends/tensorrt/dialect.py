@@ -8,7 +8,8 @@ zero point, and one number for each block of inputs and output (m is the middle 
 Codes of fewer than 4 bits with zero points, groups along the outputs and codebooks have no fused form; `packed.py` has
 theirs. Measured on TensorRT-RTX 1.7 (which shares
 parser and graph compiler with TensorRT 11), these forms shape this file:
-- int8 is the only type of activations; QuantizeLinear and its DequantizeLinear carry an int8 zero point of 0;
+- int8 and 8-bit floats (sm89 and later) are the types of activations; QuantizeLinear and its DequantizeLinear carry a
+  zero point of 0 of that type; what multiplies them is of the same type;
 - DequantizeLinear(W [K, N] int8, axis 1) -> MatMul is an int8 gemm behind quantized activations, and one fused
   weight-only kernel without them; what stands between the two (a Cast, an Add) would break the fusion;
 - DequantizeLinear(W [K, N] int4, axis 0, block_size) -> MatMul is one fused kernel; with one scale per channel it is
@@ -31,11 +32,13 @@ from torch import Tensor
 from exporter.backends.tensorrt import packed
 from exporter.lowering.lowered import LoweredLayer
 from exporter.lowering.to_onnx import Array, Builder, Dialect, Node, numpy_of, packed_int4
+from passes.ops import E4M3_MAX
 from passes.weights import AffineWeight, CodebookWeight
 
 CHANNEL_BLOCKS = (128, 64, 32, 16)
 """Blocks tried, in order, for an int4 weight with one scale per channel."""
 
+FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
 INT4 = 4
 """Bits of the narrowest type that TensorRT multiplies."""
 
@@ -112,7 +115,7 @@ class TensorRTDialect(Dialect):
         scale = numpy_of(weight.scale).astype(kind_of(node))
         codes = b.constant("weight_codes", numpy_of(weight.codes).reshape(shape.numpy()))
         scales = b.constant("weight_scale", scale.reshape(-1) if scale.size > 1 else scale[0, 0])
-        self._record(b, node, "int8")
+        self._record(b, node, "fp8" if weight.is_float8 else "int8")
         return b.op("DequantizeLinear", codes, scales, axis=0)
 
     def matrix(self, b: Builder, node: Node) -> ir.Value:
@@ -138,6 +141,9 @@ class TensorRTDialect(Dialect):
         assert x is not None
         kind = x.dtype.numpy() if x.dtype is not None else np.dtype(np.float32)
         scale = node.needed(1).astype(kind)
+        if high == E4M3_MAX:
+            scales, none = b.constant("scale", scale), b.constant("zero_point", np.array(0, FLOAT8))
+            return b.op("DequantizeLinear", b.op("QuantizeLinear", x, scales, none), scales, none)
         if (low, high) != (-128, 127):  # narrower codes ride in int8: clamp to their range first
             x = b.op("Max", x, b.constant("low", (low * scale).astype(kind)))
             x = b.op("Min", x, b.constant("high", (high * scale).astype(kind)))
@@ -220,8 +226,10 @@ def has_whole_groups(weight: AffineWeight) -> bool:
 
 
 def signed_codes(weight: AffineWeight) -> tuple[Array, int]:
-    """The codes as int8, and what was taken off."""
+    """The codes as int8 (or the 8-bit floats that they are), and what was taken off."""
     codes = numpy_of(weight.codes)
+    if weight.is_float8:
+        return codes, 0
     middle = 0 if weight.zero_point is None else 2 ** (weight.bits - 1)
     return (codes.astype(np.int16) - middle).astype(np.int8), middle
 
@@ -269,6 +277,8 @@ def is_int4(codes: Array | Tensor, bits: int) -> bool:
 def container(b: Builder, codes: Array, bits: int) -> tuple[str, ir.Value]:
     """The name of the type that holds the codes, and the initializer."""
     codes = np.ascontiguousarray(codes)
+    if codes.dtype == FLOAT8:
+        return "fp8", b.constant("weight_codes", codes)
     if is_int4(codes, bits):
         return "int4", b.constant("weight_codes", packed_int4(codes, "weight_codes", signed=True))
     return "int8", b.constant("weight_codes", codes)

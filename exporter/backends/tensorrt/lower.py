@@ -5,6 +5,7 @@ The bundle is written without TensorRT; it can be carried to the machine with th
 """
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -18,14 +19,18 @@ from exporter.backends.tensorrt.dialect import TensorRTDialect
 from exporter.backends.tensorrt.plugin_dialect import KernelFiles, PluginDialect, kernel_files, write_kernels
 from exporter.backends.tensorrt.plugin_rounding import rounded_in_plugins
 from exporter.backends.tensorrt.profiles import choose_profiles
-from exporter.lowering.fuse import fuse
+from exporter.lowering.fuse import Fused, fuse
 from exporter.lowering.lowered import Dtype, Lowered, WeightsAs
-from exporter.lowering.ops import LINEAR
+from exporter.lowering.ops import CONV_WEIGHT, LINEAR, MATRIX
 from exporter.lowering.to_onnx import expand, export, save
 from passes.base import Program, TargetRules
 from passes.graph import get_tensor, inputs_of
-from passes.ops import FAKE_QUANTIZE, FAKE_QUANTIZE_DYNAMIC
+from passes.ops import E4M3_MAX, FAKE_QUANTIZE, FAKE_QUANTIZE_DYNAMIC
+from passes.weights import AffineWeight
 from runtimes.base import Artifact
+
+FLOAT8_ARCH = 89
+"""The first architecture with 8-bit floats."""
 
 TOKEN_BITS_ARGUMENT = 3  # of LINEAR
 
@@ -57,6 +62,7 @@ class TensorRTBackend(Backend):
         weight_zero_point=True,
         linear_bits=frozenset({1, 2, 3, 4, 8}),
         conv_bits=frozenset({1, 2, 3, 4, 8}),
+        float8=True,
         integer_kinds=frozenset({"linear", "conv"}),  # a transposed convolution runs in float behind int8 activations
     )
 
@@ -68,7 +74,7 @@ class TensorRTBackend(Backend):
         the same without that rounding, its constants rounded alike. Both have the float16 that plugins read and yield.
         """
         fused = fuse(program, block_quantizes_input=False, narrow_conv_input=True)
-        refused = {**fused.refused, **refusals(fused.graph)}
+        refused = {**fused.refused, **refusals(fused.graph), **float8_refusals(fused, self.arch)}
         if refused:
             raise LoweringError(self.name, refused)
         graph = written = fused.graph
@@ -118,11 +124,33 @@ def refusals(graph: fx.GraphModule) -> dict[str, str]:
     return refused
 
 
+def float8_refusals(fused: Fused, arch: Sequence[str]) -> dict[str, str]:
+    """{layer: why} of layers with 8-bit floats that do not fit their inputs or the GPUs."""
+    old = [name for name in arch if name.removeprefix("sm").isdigit() and int(name.removeprefix("sm")) < FLOAT8_ARCH]
+    refused: dict[str, str] = {}
+    for node in fused.graph.graph.nodes:
+        if node.target not in (LINEAR, CONV_WEIGHT, MATRIX):
+            continue
+        name = str(node.args[-1])
+        weight = fused.weights[name]
+        floats = isinstance(weight, AffineWeight) and weight.is_float8
+        source = node.args[0] if node.target is LINEAR else next(iter(node.users)).args[0]
+        quantized = isinstance(source, fx.Node) and source.target is FAKE_QUANTIZE
+        of_floats = quantized and source.args[4] == E4M3_MAX
+        if (floats or of_floats) and old:
+            refused[name] = f"{', '.join(old)} has no 8-bit floats; give --trt-arch sm89 or later, or use format=int"
+        elif quantized and node.target is not MATRIX and floats != of_floats:
+            refused[name] = "8-bit floats do not multiply integers; use format=fp8 for rtn and act-quant or neither"
+    return refused
+
+
 def _activation_refusal(graph: fx.GraphModule, node: fx.Node) -> str:
     zero_point, low, high = node.args[2:]
     assert isinstance(zero_point, fx.Node)
     assert isinstance(low, int)
     assert isinstance(high, int)
+    if high == E4M3_MAX:
+        return ""
     if torch.count_nonzero(get_tensor(graph, zero_point)) or low < -128 or high > 127:
         return f"TensorRT has no activations with a zero point or codes {low} to {high}; use act-quant:symmetric=true"
     return ""
