@@ -6,6 +6,8 @@ With a cache the walk need not begin at the network's input: `finished` leaves s
 it stands, and `passed` finds the newest one among layers that came from the cache.
 """
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from passes.base import Program
@@ -33,10 +35,18 @@ class Walk:
             self._floats = Stream(program.float_twin, batches, program.memory, self.ranks.device)
             self._streams.append(self._floats)
             self._twins = {layer.name: layer for layer in find_layers(program.float_twin)}
+        self._siblings: Sequence[Layer] = ()
         self._reads: list[object] = []
         self._hessian: Tensor | None = None
         self._cross: Tensor | None = None
         self._cache, self._kept = program.cache, ""
+
+    def enter(self, siblings: Sequence[Layer]) -> None:
+        """The turn of layers with one input has come: the walk stops in front of the first, whichever is asked for.
+
+        Another rank quantizes the first when this one asks for the second; its float weight must not run.
+        """
+        self._siblings = siblings
 
     def passed(self, key: str) -> None:
         """The layer of this key has its result; if a snapshot was taken then, the walk goes on from it."""
@@ -74,7 +84,7 @@ class Walk:
         if self._reads != reads:
             self._reads, self._hessian, self._cross = reads, None, None  # two layers' moments are never held
             self._go_on()
-            self._stream.advance(layer.node)
+            self._stream.advance(self._siblings[0].node if layer in self._siblings else layer.node)
 
     def _go_on(self) -> None:
         """Take over the snapshot that `passed` found, before anything runs."""

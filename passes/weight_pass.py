@@ -6,7 +6,9 @@ front of a layer is quantized already, weights and activations, so a layer is fi
 """
 
 import abc
+import contextlib
 import dataclasses
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Self, get_args
 
 from torch import Tensor, fx
@@ -102,6 +104,7 @@ class WeightPass(Pass):
         left, done = sum(map(_cost, layers)), 0  # what comes from the cache takes no time, and counts for nothing
         key = self._first_key(program)
         for siblings in siblings_of(layers):
+            walk.enter(siblings)
             turns = []
             for layer in siblings:
                 with _named(layer):
@@ -113,11 +116,12 @@ class WeightPass(Pass):
                     continue
                 key = next_key(key, layer.name, work)
                 turns.append(_Turn(layer, work, key, self._kept(program, key, layer)))
-            program.on_step(siblings[0].name, done, done + left)
-            divided = _divided(program, [turn for turn in turns if turn.kept is None], walk)
+            divided: dict[str, QuantWeight] = {}
             for turn in turns:
                 layer, quantized = turn.layer, turn.kept
                 program.on_step(layer.name, done, done + left)
+                if turn is turns[0]:
+                    divided = _divided(program, [turn for turn in turns if turn.kept is None], walk)
                 left -= _cost(layer)
                 if quantized is None:
                     quantized = divided.get(layer.name) or turn.quantized(program, walk)
