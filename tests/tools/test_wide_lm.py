@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tools.bench import wide_lm
+from tools.bench import lowbit_lm, wide_lm
 
 
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,8 +43,9 @@ def test_training_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.M
 
 def test_windows_to_choose_and_to_judge_by_do_not_meet(monkeypatch: pytest.MonkeyPatch) -> None:
     positions = torch.arange(64 * 520 + 7)
-    monkeypatch.setattr(wide_lm, "documentation_bytes", lambda: (positions, positions))
-    chosen, judged = (wide_lm.held_out(choose) for choose in (True, False))
+    for module in (lowbit_lm, wide_lm):
+        monkeypatch.setattr(module, "documentation_bytes", lambda: (positions, positions))
+    chosen, judged = (lowbit_lm.held_out(windows) for windows in (slice(1), slice(1, 4)))
     assert (chosen.shape, judged.shape) == ((64, 129), (192, 129))
     assert len({*chosen.flatten().tolist(), *judged.flatten().tolist()}) == 256 * 129
     assert wide_lm.calibration()["tokens"].shape == (256, 128)

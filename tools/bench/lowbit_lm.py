@@ -1,5 +1,7 @@
 """Low-bit weight formats side by side on the language model: python -m tools.bench.lowbit_lm [--rows GLOB]
 
+--passes gives rows of their own instead; --more measures on 192 other held-out windows, of the installed Python's text.
+
 Every row is a compilation by qexport.compile_model for onnxruntime, with the committed calibration text; embeddings and
 head stay in float, so that rows differ by the 24 linear layers alone.
 
@@ -28,7 +30,7 @@ from torch import Tensor, nn
 
 import qexport
 from exporter.bench import bench
-from tools.data import LM_TEST_FILE, lm_calibration
+from tools.data import LM_TEST_FILE, documentation_bytes, lm_calibration
 from tools.models import CONTEXT, load_reference
 
 FLOAT = "none"
@@ -49,6 +51,7 @@ ROWS = {
 }
 """Name: passes."""
 
+PLACES = 64
 KEPT_FLOAT = ("embed_*", "lm_head")
 
 HEADINGS = (
@@ -170,9 +173,25 @@ class Table:
         return found
 
 
+def held_out(windows: slice) -> Tensor:
+    """Windows [64 * n, 129] of the held-out text: of the four that follow each other from each of 64 places, a slice.
+
+    The first of each are those that are committed, if the installed Python's documentation is the one they come from.
+    """
+    _, text = documentation_bytes()
+    places = torch.arange(PLACES) * (len(text) // PLACES)
+    starts = (places[:, None] + torch.arange(4)[windows] * (CONTEXT + 1)).flatten()
+    return text[starts[:, None] + torch.arange(CONTEXT + 1)].contiguous()
+
+
 def chosen(rows: Mapping[str, str], pattern: str) -> Sequence[str]:
     """Names of the rows that the glob names, and float."""
     return [name for name, passes in rows.items() if passes == FLOAT or fnmatch.fnmatchcase(name, pattern)]
+
+
+def given(passes: Iterable[str]) -> dict[str, str]:
+    """A row for each, and float."""
+    return {"float": FLOAT, **{each: each for each in passes}}
 
 
 def write(table: Table, rows: Mapping[str, str], names: Iterable[str]) -> None:
@@ -191,13 +210,16 @@ def main() -> None:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(description="low-bit weight formats on the language model")
     parser.add_argument("--rows", default="*", help="names of the rows to run, a glob; float always runs")
-    parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument("--passes", nargs="+", metavar="PASSES", help="rows of these passes instead")
+    parser.add_argument("--more", action="store_true", help="measure on 192 other held-out windows")
+    parser.add_argument("--rounds", type=int, default=50, help="of the latencies; 0: none")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    windows = load_file(LM_TEST_FILE)["tokens"]
+    windows = held_out(slice(1, 4)) if arguments.more else load_file(LM_TEST_FILE)["tokens"]
+    rows = given(arguments.passes) if arguments.passes else ROWS
     with tempfile.TemporaryDirectory() as folder:
         table = Table(load_reference("opt_lm"), Path(folder), arguments.rounds, lm_calibration(), windows)
-        write(table, ROWS, chosen(ROWS, arguments.rows))
+        write(table, rows, chosen(rows, arguments.rows))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from tools.bench.lowbit_lm import FLOAT, Table, chosen, write
+from tools.bench.lowbit_lm import FLOAT, Table, chosen, given, held_out, write
 from tools.data import documentation_bytes
 from tools.models import CONTEXT, OptLM
 from tools.train_reference_models import SEED, cosine_schedule, lm_optimizer
@@ -33,16 +33,15 @@ BATCH = 8
 LEARNING_RATE = 4e-4
 SAVED_EVERY = 100
 CALIBRATION = 256
-PLACES = 64
-"""Places in the held-out text; four windows follow each other from each: one to choose by, three to judge by."""
 
 ROWS = {
     "float": FLOAT,
     "gptq 3b g64": "gptq:bits=3:group_size=64",
     "gptq 3b g128": "gptq:bits=3:group_size=128",
     "aq 2x8 g8": "aq",
-    "aq 2x8 g8, tune": "aq:tune=200",
+    "aq 2x8 g8, tune": "aq:tune=100",
     "aq 2x8 g8, qdora": "aq,qdora",
+    "aq 3x8 g8": "aq:num_codebooks=3",
     "gptq 2b g64": "gptq:bits=2:group_size=64",
     "hqq 3b g64": "hqq:bits=3:group_size=64",
 }
@@ -107,32 +106,23 @@ def calibration() -> dict[str, Tensor]:
     return {"tokens": text[starts[:, None] + torch.arange(CONTEXT)].contiguous()}
 
 
-def held_out(choose: bool) -> Tensor:
-    """Windows [64 or 192, 129] of the held-out text: the first behind each of 64 places, or the three behind that."""
-    _, text = documentation_bytes()
-    places = torch.arange(PLACES) * (len(text) // PLACES)
-    which = torch.arange(1) if choose else torch.arange(1, 4)
-    starts = (places[:, None] + which * (CONTEXT + 1)).flatten()
-    return text[starts[:, None] + torch.arange(CONTEXT + 1)].contiguous()
-
-
 def main() -> None:
     """Parse, train if need be, measure, print."""
     parser = argparse.ArgumentParser(description="low-bit weights of a wide language model")
     parser.add_argument("--model", type=Path, required=True, help="its weights; trained if there are none")
     parser.add_argument("--rows", default="*", help="names of the rows to run, a glob; float always runs")
-    parser.add_argument("--passes", help="one row of these passes instead")
+    parser.add_argument("--passes", nargs="+", metavar="PASSES", help="rows of these passes instead")
     parser.add_argument("--choose", action="store_true", help="measure on the windows that settings are chosen by")
     parser.add_argument("--rounds", type=int, default=30, help="of the latencies; 0: none")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if not arguments.model.exists():
         train(arguments.model)
-    rows = {"float": FLOAT, arguments.passes: arguments.passes} if arguments.passes else ROWS
+    rows = given(arguments.passes) if arguments.passes else ROWS
     with tempfile.TemporaryDirectory() as folder:
-        model, windows = load(arguments.model), held_out(arguments.choose)
+        model, windows = load(arguments.model), held_out(slice(1) if arguments.choose else slice(1, 4))
         table = Table(model, Path(folder), arguments.rounds, calibration(), windows)
-        write(table, rows, chosen(rows, "*" if arguments.passes else arguments.rows))
+        write(table, rows, chosen(rows, arguments.rows))
 
 
 if __name__ == "__main__":
