@@ -7,7 +7,7 @@ the layer problem's inputs with many shared factors.
 
 Figures of another machine are only comparable by ratio; `yardstick` is what a 1024 x 1024 matrix product takes.
 Peak is the process's largest memory so far: run one size at a time to read it. --outputs N makes the problems N x size,
-for how time and memory grow with the rows.
+for how time and memory grow with the rows. With --device both work there; the process's CPU waits for it.
 """
 
 import argparse
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from passes.aq import AQ, quantize_weight
-from tools.bench.problem import FEW, MANY, LayerProblem, layer_problem
+from tools.bench.problem import FEW, MANY, LayerProblem, finished, layer_problem
 
 Quantize = Callable[[LayerProblem, AQ], Tensor]
 
@@ -74,7 +74,7 @@ def _by_reference(module: types.ModuleType, problem: LayerProblem, options: AQ, 
 def measure(problem: LayerProblem, options: AQ, quantize: Quantize) -> tuple[float, float]:
     """(error, CPU seconds)."""
     start = time.process_time()
-    quantized = quantize(problem, options)
+    quantized = finished(quantize(problem, options))
     seconds = time.process_time() - start
     return problem.error(quantized), seconds
 
@@ -132,6 +132,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=AQ.rounds)
     parser.add_argument("--reference", type=Path, help="checkout of Vahe1994/AQLM to compare with")
     parser.add_argument("--reference-beam", type=int, default=1)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
 
@@ -151,7 +152,7 @@ def main() -> None:
     ]
     mixture = MANY if arguments.many else FEW
     problems = (
-        with_outputs(layer_problem(size, seed, mixture), arguments.outputs or size)
+        with_outputs(layer_problem(size, seed, mixture), arguments.outputs or size).to(arguments.device)
         for size, seed in itertools.product(numbers(arguments.sizes), numbers(arguments.seeds))
     )
     if arguments.reference is None:

@@ -1,7 +1,8 @@
 """GPTQ on one layer, beside the authors' implementation: python -m tools.bench.gptq_layer [--reference PATH]
 
 PATH is a checkout of https://github.com/IST-DASLab/gptq. All get the same weight and Hessian in the same process on one
-thread; errors are relative layer errors tr(E H E^T) / tr(W H W^T), seconds the best of --repeat runs, in turn.
+thread; errors are relative layer errors tr(E H E^T) / tr(W H W^T), seconds the best of --repeat runs, in turn. With --device all
+of them work there.
 
     plain     the algorithm of the reference: min-max grids, one pass over the columns
     refined   what passes.gptq does when nothing is said: grids by the Hessian's diagonal, and passes.refine after it
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from passes.gptq import GPTQ, quantize_weight
-from tools.bench.problem import LayerProblem, layer_problem
+from tools.bench.problem import LayerProblem, finished, layer_problem
 
 Quantize = Callable[[LayerProblem, GPTQ], Tensor]
 
@@ -45,7 +46,8 @@ def reference(checkout: Path) -> Iterator[Quantize]:
     sys.modules["transformers"] = placeholder
     sys.path.insert(0, str(checkout))
     synchronize = torch.cuda.synchronize
-    torch.cuda.synchronize = lambda device=None: None  # it waits for a GPU whether or not there is one
+    if not torch.cuda.is_available():
+        torch.cuda.synchronize = lambda device=None: None  # it waits for a GPU whether or not there is one
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             gptq, quant = importlib.import_module("gptq"), importlib.import_module("quant")
@@ -88,13 +90,15 @@ def measure(problem: LayerProblem, options: GPTQ, rivals: list[Quantize], repeat
     errors, seconds = [0.0] * len(rivals), [float("inf")] * len(rivals)
     for _, (index, rival) in itertools.product(range(repeat), enumerate(rivals)):
         start = time.perf_counter()
-        quantized = rival(problem, options)
+        quantized = finished(rival(problem, options))
         seconds[index] = min(seconds[index], time.perf_counter() - start)
         errors[index] = problem.error(quantized)
     return list(zip(errors, seconds, strict=True))
 
 
-def report(problems: list[tuple[int, int]], options: list[GPTQ], theirs: Quantize | None, repeat: int) -> None:
+def report(
+    problems: list[tuple[int, int]], options: list[GPTQ], theirs: Quantize | None, repeat: int, device: str
+) -> None:
     """Print one line for each (size, seed) and set of options."""
     columns = ["size", "seed", "bits", "group", "symmetric", "act_order", "plain: error", "s", "refined: error", "s"]
     if theirs is not None:
@@ -102,7 +106,7 @@ def report(problems: list[tuple[int, int]], options: list[GPTQ], theirs: Quantiz
     print("| " + " | ".join(columns) + " |")
     print("|" + "---|" * len(columns))
     for size, seed in problems:
-        problem = layer_problem(size, seed)
+        problem = layer_problem(size, seed).to(device)
         for chosen in options:
             results = measure(problem, chosen, [plain, refined, *([theirs] if theirs else [])], repeat)
             cells: list[object] = [size, seed, chosen.bits, chosen.group_size, chosen.symmetric, chosen.act_order]
@@ -124,6 +128,7 @@ def main() -> None:
     parser.add_argument("--natural-order", action="store_true", help="columns as they come instead of act_order")
     parser.add_argument("--reference", type=Path, help="checkout of IST-DASLab/gptq to compare with")
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
 
@@ -138,10 +143,10 @@ def main() -> None:
         )
     ]
     if arguments.reference is None:
-        report(problems, options, None, arguments.repeat)
+        report(problems, options, None, arguments.repeat, arguments.device)
     else:
         with reference(arguments.reference) as theirs:
-            report(problems, options, theirs, arguments.repeat)
+            report(problems, options, theirs, arguments.repeat, arguments.device)
 
 
 if __name__ == "__main__":

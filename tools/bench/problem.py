@@ -39,11 +39,22 @@ class LayerProblem:
     inputs: Tensor
     hessian: Tensor
 
+    def to(self, device: str) -> "LayerProblem":
+        """The problem on a device."""
+        return LayerProblem(self.weight.to(device), self.inputs.to(device), self.hessian.to(device))
+
     def error(self, quantized: Tensor) -> float:
         """Relative layer error tr(E H E^T) / tr(W H W^T), E = W - quantized."""
         difference, hessian = (self.weight - quantized).double(), self.hessian.double()
         weight = self.weight.double()
         return float(((difference @ hessian) * difference).sum() / ((weight @ hessian) * weight).sum())
+
+
+def finished(result: Tensor) -> Tensor:
+    """The result, when the device is done with it."""
+    if result.is_cuda:
+        torch.cuda.synchronize(result.device)
+    return result
 
 
 def layer_problem(size: int, seed: int = 0, mixture: Mixture = FEW) -> LayerProblem:
