@@ -1,8 +1,8 @@
 """GPTQ on one layer, beside the authors' implementation: python -m tools.bench.gptq_layer [--reference PATH]
 
 PATH is a checkout of https://github.com/IST-DASLab/gptq. All get the same weight and Hessian in the same process on one
-thread; errors are relative layer errors tr(E H E^T) / tr(W H W^T), seconds the best of --repeat runs, in turn. With --device
-all of them work there.
+thread; errors are relative layer errors tr(E H E^T) / tr(W H W^T), seconds the best of --repeat runs, in turn. They
+work where --device says.
 
     plain     the algorithm of the reference: min-max grids, one pass over the columns
     refined   what passes.gptq does when nothing is said: grids by the Hessian's diagonal, and passes.refine after it
