@@ -195,7 +195,9 @@ def _compile(
     with single_thread():  # a convolution, too, differs in its last bits between one thread and two
         clock.stage("capture")
         backends = [
-            backend_for(target, recipe.trt_arch, recipe.weights_as, recipe.trt_flavor, recipe.dtype)
+            backend_for(
+                target, recipe.trt_arch, recipe.weights_as, recipe.trt_flavor, recipe.dtype, recipe.trt_profiles
+            )
             for target in recipe.target
         ]
         prepared = prepare(loaded, recipe, given)

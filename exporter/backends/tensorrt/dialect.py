@@ -18,11 +18,15 @@ parser and graph compiler with TensorRT 11), these forms shape this file:
 - DequantizeLinear(table, axis 0) -> Gather is one fused kernel: the table is never float;
 - a matmul whose result is cut into pieces (q, k and v of an attention) becomes a float one of a float weight in pieces,
   unless an operator that moves no values stands before the cut: a Max with the lowest number, which changes nothing;
+- a packed matrix in front of a MatMul is float in scratch memory; multiplied elementwise with a row and added up it is
+  part of one kernel that needs none, and is decoded again for each row: the form for few rows;
 - DequantizeLinear in front of a float convolution runs as a kernel of its own at every inference: the weight is packed
   in the engine and float in scratch memory.
 """
 
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import ml_dtypes
 import numpy as np
@@ -37,6 +41,10 @@ from passes.weights import AffineWeight, CodebookWeight
 
 CHANNEL_BLOCKS = (128, 64, 32, 16)
 """Blocks tried, in order, for an int4 weight with one scale per channel."""
+
+FEW_ROWS = 4
+"""Rows up to which decoding a weight for each moves less memory than writing it out in 16 bits and reading that again:
+0.4 bytes or less a weight and row against 4."""
 
 FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
 INT4 = 4
@@ -53,11 +61,14 @@ below it the repeated scales would outweigh the codes."""
 class TensorRTDialect(Dialect):
     """Collects in `layers` how every quantized layer was stored.
 
-    Symmetric weights of 2 and 3 bits in the layers of `compact` take as many in the file, those of others 4.
+    Symmetric weights of 2 and 3 bits in the layers of `compact` take as many in the file, those of others 4. `largest`
+    {label: size} are the largest free axes that the engine is for.
     """
 
-    def __init__(self, compact: frozenset[str] = frozenset()) -> None:
-        self.compact = compact
+    def __init__(
+        self, compact: frozenset[str] = frozenset(), largest: Mapping[str, int] = MappingProxyType({})
+    ) -> None:
+        self.compact, self.largest = compact, largest
         self.layers: list[LoweredLayer] = []
 
     def linear(self, b: Builder, node: Node) -> ir.Value:
@@ -66,6 +77,8 @@ class TensorRTDialect(Dialect):
         integer = bool(node.integer("integer"))
         if isinstance(weight, AffineWeight) and has_fused_form(weight, integer=integer, compact=self._is_compact(node)):
             y = self._fused_matmul(b, node, weight, x)
+        elif rows_of(x, self.largest) <= FEW_ROWS:
+            y = multiply_and_add(b, x, self._packed_matrix(b, node), kind_of(node))
         else:
             y = b.op("MatMul", x, b.op("Transpose", self._packed_matrix(b, node), perm=[1, 0]))
         bias = node.array(2)
@@ -183,6 +196,23 @@ def matrix_of(
         value = b.op("DequantizeLinear", weight, b.constant("weight_scale", scale), axis=1 - inputs_axis)
     value = value if stored.shape[1] == columns else packed.cut(b, value, columns, inputs_axis)
     return value, f"{kind} blocks of {block}" if block else kind
+
+
+def rows_of(x: ir.Value, largest: Mapping[str, int]) -> float:
+    """The most rows that x [..., columns] may have, free axes as large as `largest` says; infinity if it does not."""
+    rows = 1.0
+    for size in list(x.shape or [None, None])[:-1]:
+        rows *= size if isinstance(size, int) else largest.get(str(getattr(size, "value", None)), math.inf)
+    return rows
+
+
+def multiply_and_add(b: Builder, x: ir.Value, matrix: ir.Value, kind: packed.Kind) -> ir.Value:
+    """x [..., columns] times matrix [out, columns], without a MatMul: one kernel decodes, multiplies and adds up."""
+    if kind != np.float32:
+        x, matrix = (b.op("Cast", value, to=ir.DataType.FLOAT.value) for value in (x, matrix))
+    products = b.op("Mul", b.op("Unsqueeze", x, b.constant("each_output", np.array([-2], np.int64))), matrix)
+    y = b.op("ReduceSum", products, b.constant("columns", np.array([-1], np.int64)), keepdims=0)
+    return y if kind == np.float32 else b.op("Cast", y, to=ir.DataType.from_numpy(kind).value)
 
 
 def add_block_sums(

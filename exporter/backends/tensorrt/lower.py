@@ -5,7 +5,7 @@ The bundle is written without TensorRT; it can be carried to the machine with th
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -13,12 +13,13 @@ import torch
 from torch import fx
 
 from exporter.backends.base import Backend, LoweringError
+from exporter.backends.tensorrt.build import Profile
 from exporter.backends.tensorrt.bundle import MODEL, Bundle, write_bundle
 from exporter.backends.tensorrt.cast import TYPES, cast, float_softmax, overflows, rounded_weight, typed
 from exporter.backends.tensorrt.dialect import TensorRTDialect
 from exporter.backends.tensorrt.plugin_dialect import KernelFiles, PluginDialect, kernel_files, write_kernels
 from exporter.backends.tensorrt.plugin_rounding import rounded_in_plugins
-from exporter.backends.tensorrt.profiles import choose_profiles
+from exporter.backends.tensorrt.profiles import choose_profiles, largest_axes
 from exporter.lowering.fuse import Fused, fuse
 from exporter.lowering.lowered import Dtype, Lowered, WeightsAs
 from exporter.lowering.ops import CONV_WEIGHT, LINEAR, MATRIX
@@ -44,12 +45,14 @@ class TensorRTBackend(Backend):
     dtype     type of the values between the layers; inputs and outputs of the network stay float32
     weights_as   compact: symmetric weights of 2 and 3 bits take no more; else 4, fused with the product; a layer's rule
               in the recipe wins
+    profiles  (min, opt, max) shapes of inputs whose shapes are to be others than `choose_profiles` finds
     """
 
     arch: tuple[str, ...] = ()
     plugins: bool = False
     dtype: Dtype = "float32"
     weights_as: WeightsAs = "auto"
+    profiles: Mapping[str, Profile] = dataclasses.field(default_factory=dict)
 
     name: ClassVar[str] = "trt"
     rules: ClassVar[TargetRules] = TargetRules(
@@ -92,7 +95,9 @@ class TensorRTBackend(Backend):
         compact = frozenset(
             name for name in weights if program.options_for(name).get("weights_as", self.weights_as) == "compact"
         )
-        dialect = PluginDialect(compact) if self.plugins else TensorRTDialect(compact)
+        profiles = {**choose_profiles(program), **self.profiles}
+        largest = largest_axes(program.dynamic, profiles)
+        dialect = PluginDialect(compact, largest) if self.plugins else TensorRTDialect(compact, largest)
         taps = expand(model, dialect, weights, program.memory)
         save(model, folder / MODEL)
         inputs = tuple(str(node.target) for node in inputs_of(graph))
@@ -100,7 +105,6 @@ class TensorRTBackend(Backend):
         if isinstance(dialect, PluginDialect):
             kernels = kernel_files(dialect.kernel_sets)
             write_kernels(folder, kernels)
-        profiles = choose_profiles(program)
         write_bundle(folder, Bundle(inputs, program.output_names, profiles, self.arch, layers, kernels.described))
         if self.dtype == "float32":
             written = rounded_in_plugins(written, layers, activations=True)

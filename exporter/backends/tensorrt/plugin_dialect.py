@@ -12,6 +12,7 @@ kernels do not know, stays in native layers.
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import ml_dtypes
@@ -40,8 +41,10 @@ ENGINE_TYPES: Mapping[Dtype, str] = {"float16": "FP16", "bfloat16": "BF16"}
 class PluginDialect(TensorRTDialect):
     """Collects in `kernel_sets` what the plugins run: {name: (plugin, the kernels' activation type, kernels)}."""
 
-    def __init__(self, compact: frozenset[str] = frozenset()) -> None:
-        super().__init__(compact)
+    def __init__(
+        self, compact: frozenset[str] = frozenset(), largest: Mapping[str, int] = MappingProxyType({})
+    ) -> None:
+        super().__init__(compact, largest)
         self.kernel_sets: dict[str, tuple[str, Dtype, tuple[GpuKernel, ...]]] = {}
 
     def linear(self, b: Builder, node: Node) -> ir.Value:

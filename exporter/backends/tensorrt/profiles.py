@@ -4,6 +4,8 @@ Axis 0 is the batch. Any other free axis ends at the length of the calibration d
 works beyond it (learned positions have a last one); it begins at 1, or where it cannot be that short, is that length.
 """
 
+from collections.abc import Mapping
+
 from exporter.backends.tensorrt.build import Profile
 from passes.base import Program
 from passes.calibration import Batch, run_graph
@@ -37,6 +39,17 @@ def choose_profiles(program: Program) -> dict[str, Profile]:
         )
         profiles[name] = (low, opt, high)
     return profiles
+
+
+def largest_axes(dynamic: Mapping[str, Mapping[int, str]], profiles: Mapping[str, Profile]) -> dict[str, int]:
+    """{label: the largest size that the profiles have for it} of the inputs' free axes."""
+    largest: dict[str, int] = {}
+    for name, axes in dynamic.items():
+        high = profiles[name][2] if name in profiles else ()
+        for axis, label in axes.items():
+            if axis < len(high):
+                largest[label] = max(high[axis], largest.get(label, 0))
+    return largest
 
 
 def _runs_at_length_one(program: Program, label: str, example: Batch) -> bool:

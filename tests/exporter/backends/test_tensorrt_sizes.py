@@ -3,17 +3,19 @@
 import dataclasses
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 from torch import Tensor, nn
 
-from exporter.backends.tensorrt.bundle import finish
+from exporter.backends.tensorrt.bundle import finish, read_bundle
 from exporter.backends.tensorrt.lower import TensorRTBackend
-from exporter.lowering.lowered import Lowered
+from exporter.capture import Dynamic
+from exporter.lowering.lowered import Dtype, Lowered
 from passes.base import LayerRule, Program
 from passes.weights import CodebookWeight
 from tests.exporter.backends.test_onnx_lowbit import affine, codebooks, with_weights
-from tests.exporter.backends.test_tensorrt_packed import SAME, numbers, parity
+from tests.exporter.backends.test_tensorrt_packed import SAME, SIZE, Pair, numbers, parity
 from tests.exporter.compiled import program_of
 from tests.passes.nets import seeded
 
@@ -83,3 +85,45 @@ def test_symmetric_codes_take_their_own_bits_where_that_is_asked_for(bits: int, 
     scales = 32 / 64
     assert bits + scales <= taken["fc1"] <= bits + scales + 0.1
     assert 4 + scales <= taken["fc2"] <= 4 + scales + 0.1
+
+
+def few(rows: tuple[int, ...], dynamic: Dynamic | None = None) -> Program:
+    """Two layers of packed weights that see so many rows."""
+    program = program_of(
+        seeded(lambda: Pair(SIZE, SIZE)), numbers(*rows, SIZE), dynamic=dynamic, rules=TensorRTBackend.rules
+    )
+    return with_weights(program, {"first": affine(3, 64), "second": codebooks(2, 8, 8)})
+
+
+def operators(lowered: Lowered) -> set[str]:
+    return {node.op_type for node in onnx.load(lowered.artifact.model).graph.node}
+
+
+@pytest.mark.ort
+@pytest.mark.tensorrt
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_weights_that_few_rows_read_take_no_scratch_memory(dtype: Dtype, tmp_path: Path) -> None:
+    program = few((2, 1), dynamic={})
+    lowered = TensorRTBackend(dtype=dtype).lower(program, tmp_path)
+    assert "MatMul" not in operators(lowered)
+    assert layers_of(lowered) == {"int3 decoded at every run", "aq_codebook decoded at every run"}
+    if dtype == "float32":
+        assert parity(lowered, numbers(2, 1, SIZE)) >= SAME
+    pytest.importorskip("tensorrt_rtx")
+    result = finish(tmp_path, tmp_path / "model.engine", "rtx")
+    assert result.folded == ()
+    assert result.build.scratch_bytes < 2 * SIZE * SIZE  # one weight in float16
+
+
+def layers_of(lowered: Lowered) -> set[str]:
+    return {layer.format for layer in lowered.layers}
+
+
+@pytest.mark.parametrize(("largest", "tiny"), [(4, True), (5, False), (None, False)])
+def test_the_largest_batch_decides(largest: int | None, tiny: bool, tmp_path: Path) -> None:
+    profiles = {} if largest is None else {"x": ((1, 1, SIZE), (1, 1, SIZE), (largest, 1, SIZE))}
+    program = few((2, 1), dynamic={"x": {0: "batch"}})
+    lowered = TensorRTBackend(profiles=profiles).lower(program, tmp_path)
+    assert ("MatMul" not in operators(lowered)) == tiny
+    read = read_bundle(tmp_path).profiles["x"]
+    assert read == (profiles["x"] if largest else ((1, 1, SIZE), (8, 1, SIZE), (32, 1, SIZE)))
