@@ -48,7 +48,7 @@ class HQQ(CodePass):
     bits             1, 2, 3, 4 or 8
     group_size       k: groups of k weights; along axis 1 also -1: per output channel, 0: per tensor
     axis             1: groups of inputs; 0: of outputs
-    lp_norm          p of the error that the levels minimize, more than 0, at most 4
+    lp_norm          p of the error that the levels minimize, more than 0, at most 4; 0: 3 up to 3 bits, else 2
     quant_zero       zero points are quantized too
     quant_scale      scales are quantized too
     meta_bits        width of the codes of quantized scales and zero points, 4 to 8
@@ -61,7 +61,7 @@ class HQQ(CodePass):
     bits: int = 4
     group_size: int = 64
     axis: int = 1
-    lp_norm: float = 3.0
+    lp_norm: float = 0.0
     quant_zero: bool = True
     quant_scale: bool = True
     meta_bits: int = 8
@@ -83,7 +83,7 @@ class HQQ(CodePass):
                 f"{self.name}: group_size={self.group_size} is no size of groups along axis {self.axis}",
                 fix="use group_size=64",
             )
-        if not 0 < self.lp_norm <= 4:
+        if not 0 <= self.lp_norm <= 4:
             raise PassError(f"{self.name}: lp_norm={self.lp_norm} is no norm", fix="use one from 0.5 to 4")
         if self.meta_group_size < 0:
             raise PassError(
@@ -103,6 +103,11 @@ class HQQ(CodePass):
                 f"target {program.rules.name} has no weights with zero points, which {self.name} needs",
                 fix="use gptq or rtn with symmetric=true",
             )
+
+    @property
+    def norm(self) -> float:
+        """p: few levels clip large weights, which a larger p does less; from 4 bits on they clip next to none."""
+        return self.lp_norm or (3.0 if self.bits <= 3 else 2.0)
 
     @property
     def per_channel(self) -> dict[str, Any]:
@@ -179,7 +184,7 @@ def _fit(weight: Tensor, options: HQQ, group_size: int) -> tuple[Tensor, Tensor]
     """(scale, zero point) in the shape an AffineWeight has them in; all scales positive."""
 
     def fit(groups: Tensor) -> tuple[Tensor, Tensor]:
-        return fit_levels(groups, options.bits, options.lp_norm, bounded=options.quant_zero)
+        return fit_levels(groups, options.bits, options.norm, bounded=options.quant_zero)
 
     rows, columns = weight.shape
     if options.axis == 0:

@@ -29,7 +29,7 @@ EPSILON = 0.01
 """Fraction of a step: keeps a residual near zero from counting without end, where p < 2."""
 
 STARTS = (0.0, 1.0, 2.0, 3.5)
-STEPS = {1: 0.15, 2: 0.15, 3: 0.1, 4: 0.08}
+STEPS = {1: 0.15, 2: 0.15, 3: 0.1, 4: 0.05}
 """An end is drawn in by the fractions STARTS * STEPS[bits] of the half range; wide codes have little to gain."""
 WIDE_STEP = 0.02
 

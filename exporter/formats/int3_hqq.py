@@ -1,10 +1,12 @@
 """Codes of 3 bits, ten in an int32: the layout of HQQ, bit for bit.
 
-The codes are taken as the matrix Q [R, C] that has a group for each row (groups of inputs: codes.reshape(-1, group)) or
-for each column (groups of outputs: codes.reshape(group, -1)); without groups, or when the last one is shorter, as they
-are, [out, in]. Its rows are cut into ten slabs of step = ceil(R / 10), the last ones filled up with zeros:
+The codes are taken as the matrix Q [R, C] = codes.reshape(-1, group); without groups, or when the last one is shorter,
+as they are, [out, in]. Its rows are cut into ten slabs of step = ceil(R / 10), the last ones filled up with zeros:
 
     word[r, c] = sum over k of Q[k step + r, c] << (27 - 3 k),    k = 0..9; bits 30 and 31 are 0
+
+For groups of outputs HQQ takes codes.reshape(group, -1), whose few rows leave much of the last slab empty: 64 rows take
+the room of 70.
 
 codes       [step, C]                int32; symmetric codes plus 4
 zero_point  [ceil(3 groups / 8)]     uint8: a stream of 3-bit numbers, the first in the lowest bits; or floats, or none
@@ -36,11 +38,11 @@ class Int3Hqq(AffineFormat):
     def pack_matrix(self, weight: AffineWeight) -> Tensor:
         """int32 [ceil(R / 10), C]."""
         codes = weight.codes if weight.zero_point is not None else (weight.codes + 4).view(torch.uint8)
-        return pack_codes(codes.reshape(grouped_shape(weight.shape, weight.group_size, weight.axis)))
+        return pack_codes(codes.reshape(grouped_shape(weight.shape, weight.group_size)))
 
     def unpack_matrix(self, tensors: Mapping[str, Tensor], meta: AffineMeta) -> Tensor:
         """The codes."""
-        rows, columns = grouped_shape(meta.shape, meta.group_size, meta.axis)
+        rows, columns = grouped_shape(meta.shape, meta.group_size)
         stored = tensor_of(tensors, "codes", torch.int32, (-(-rows // SLABS), columns))
         if bool((stored >> 30).any()):
             raise ValueError("codes have bits above the ten codes of a word")
@@ -48,13 +50,11 @@ class Int3Hqq(AffineFormat):
         return codes.view(torch.int8) - 4 if meta.symmetric else codes
 
 
-def grouped_shape(shape: tuple[int, int], group_size: int, axis: int) -> tuple[int, int]:
-    """[R, C] of the matrix that holds the groups of a weight [out, in]."""
+def grouped_shape(shape: tuple[int, int], group_size: int) -> tuple[int, int]:
+    """[R, C] of the matrix that a weight's codes [out, in] are packed as."""
     rows, columns = shape
     width = group_columns(columns, group_size)
-    if axis == 0 and group_size > 0 and rows % group_size == 0:
-        return group_size, rows * columns // group_size
-    return shape if axis == 0 or columns % width else (rows * columns // width, width)
+    return shape if columns % width else (rows * columns // width, width)
 
 
 def pack_codes(codes: Tensor) -> Tensor:

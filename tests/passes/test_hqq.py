@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from exporter.formats import pack_smallest
 from passes.base import LayerRule, PassError
 from passes.calibration import Calibration
 from passes.hqq import HQQ, quantize_values, quantize_weight
@@ -59,11 +60,20 @@ def test_axis_0_groups_the_columns_of_the_reshaped_matrix() -> None:
 
 
 def test_better_than_the_reference_by_a_tenth_on_the_layer_problem() -> None:
-    # what the hqq package (0.2.8) leaves of this problem: 0.07155 along axis 1 and 0.06277 along axis 0
+    # what the hqq package (0.2.8) leaves of this problem; at 4 bits seeds differ by 2 %, around .895 of it
     problem = layer_problem(512)
-    for axis, reference in ((1, 0.07155), (0, 0.06277)):
-        quantized = quantize_weight(problem.weight, HQQ(bits=3, axis=axis))
-        assert problem.error(quantized.dequantize()) < 0.9 * reference
+    for bits, axis, reference in ((3, 1, 0.07155), (3, 0, 0.06277), (4, 1, 0.01642), (4, 0, 0.01438)):
+        quantized = quantize_weight(problem.weight, HQQ(bits=bits, axis=axis))
+        assert problem.error(quantized.dequantize()) < (0.9 if bits == 3 else 0.92) * reference
+
+
+def test_better_by_a_third_at_the_bits_of_the_reference() -> None:
+    """It has a scale and a zero point of 16 bits for 64 weights; two of 7 bits for 32 take no more."""
+    problem = layer_problem(512)
+    for axis, reference in ((1, 0.01642), (0, 0.01438)):
+        quantized = quantize_weight(problem.weight, HQQ(bits=4, group_size=32, meta_bits=7, axis=axis))
+        assert pack_smallest(quantized)[1].bits_per_weight <= 4 + 2 * 16 / 64
+        assert problem.error(quantized.dequantize()) < 0.66 * reference
 
 
 def test_quantized_scales_cost_next_to_nothing() -> None:
@@ -183,7 +193,7 @@ def test_groups_of_outputs_that_do_not_divide_are_refused() -> None:
         ({"meta_bits": 3}, "meta_bits=3 is not possible"),
         ({"group_size": -2}, "group_size=-2 is no size of groups along axis 1"),
         ({"group_size": -1, "axis": 0}, "group_size=-1 is no size of groups along axis 0"),
-        ({"lp_norm": 0.0}, "lp_norm=0.0 is no norm"),
+        ({"lp_norm": -1.0}, "lp_norm=-1.0 is no norm"),
         ({"lp_norm": math.nan}, "lp_norm=nan is no norm"),
         ({"meta_group_size": -1}, "meta_group_size=-1 is negative"),
         ({"embeddings": 3}, "embeddings=3 is no width"),

@@ -6,7 +6,8 @@ both run on one thread. Errors are relative layer errors tr(E H E^T) / tr(W H W^
 
     plain     float scales and zero points, as the package has them, rounded to 16 bits
     stored    what passes.hqq does when nothing is said: scales and zero points in 8 bits
-    hessian   the same levels, codes by GPTQ on the Hessian, which the others do not look at
+    finer     half the group, scales and zero points in 7 bits: at most the bits of the package's, which are of 16
+    hessian   the levels of `stored`, codes by GPTQ on the Hessian, which the others do not look at
 
 Bits per weight are counted from the bytes of the checkpoint's format. Ratios are to the package.
 """
@@ -37,6 +38,16 @@ def plain(problem: LayerProblem, options: HQQ) -> AffineWeight:
 def stored(problem: LayerProblem, options: HQQ) -> AffineWeight:
     """The defaults."""
     return quantize_weight(problem.weight, options)
+
+
+def finer(problem: LayerProblem, options: HQQ) -> AffineWeight:
+    """Smaller groups."""
+    return quantize_weight(problem.weight, half_groups(options))
+
+
+def half_groups(options: HQQ) -> HQQ:
+    """No more bits than the package takes with `options`."""
+    return dataclasses.replace(options, group_size=options.group_size // 2, meta_bits=7)
 
 
 def hessian(problem: LayerProblem, options: HQQ) -> AffineWeight:
@@ -80,13 +91,15 @@ def measure(problem: LayerProblem, options: HQQ, rivals: list[Quantize], repeat:
 
 def report(problems: list[tuple[int, int]], options: list[HQQ], with_reference: bool, repeat: int) -> None:
     """Print one line for each (size, seed) and set of options."""
-    rivals: list[Quantize] = [plain, stored, hessian]
+    rivals: list[Quantize] = [plain, stored, finer, hessian]
     columns = ["size", "seed", "bits", "axis"]
     for rival in rivals:
         columns += [f"{rival.__name__}: error", "s", "bits per weight"]
     if with_reference:
         rivals.append(reference)
-        columns += ["reference: error", "s", "plain: error ratio", "time ratio", "stored: error ratio", "time ratio"]
+        columns += ["reference: error", "s"]
+        for rival in rivals[:3]:
+            columns += [f"{rival.__name__}: error ratio", "time ratio"]
     print("| " + " | ".join(columns) + " |")
     print("|" + "---|" * len(columns))
     for size, seed in problems:
@@ -94,12 +107,12 @@ def report(problems: list[tuple[int, int]], options: list[HQQ], with_reference: 
         for chosen in options:
             results = measure(problem, chosen, rivals, repeat)
             cells: list[object] = [size, seed, chosen.bits, chosen.axis]
-            for error, seconds, bits in results[:3]:
+            for error, seconds, bits in results[:4]:
                 cells += [f"{error:.5f}", f"{seconds:.3f}", bits]
             if with_reference:
-                base_error, base_seconds, _ = results[3]
+                base_error, base_seconds, _ = results[4]
                 cells += [f"{base_error:.5f}", f"{base_seconds:.3f}"]
-                for error, seconds, _ in results[:2]:
+                for error, seconds, _ in results[:3]:
                     cells += [f"{error / base_error:.3f}", f"{seconds / base_seconds:.2f}"]
             print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
