@@ -30,6 +30,7 @@ from exporter.errors import InputError, InternalError
 from exporter.formats import FORMATS, pack_smallest
 from exporter.formats.base import Packed
 from exporter.formats.meta import integers, typed
+from exporter.mapped import save_safetensors
 from exporter.report import Json
 from passes.base import Program
 from passes.graph import Layer, copy_graph, get_tensor
@@ -122,8 +123,6 @@ def save_checkpoint(program: Program, folder: Path) -> Path:
 
     Raises InternalError when no format can hold a layer's weight.
     """
-    from safetensors.torch import save_file
-
     graph, layers = program.graph, program.layers()
     used = copy_graph(graph)  # holds the tensors that nodes read, and no others
     tensors = {
@@ -148,11 +147,7 @@ def save_checkpoint(program: Program, folder: Path) -> Path:
         "aliases": aliases,
     }
     path = folder / FILE
-    path.touch()
-    mode = path.stat().st_mode
-    save_file(stored, path, metadata={KEY: json.dumps(content, sort_keys=True)})
-    path.chmod(mode)  # safetensors makes a file that only its owner can read
-    release(stored.values())
+    save_safetensors(path, stored, {KEY: json.dumps(content, sort_keys=True)})
     return path
 
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.export.pt2_archive import _package as archives
 
-from passes.memory import map_file, own_storage
+from passes.memory import map_file, own_storage, release
 
 DTYPES = {
     "F64": torch.float64,
@@ -43,6 +43,25 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+ORDER = [
+    "BOOL",
+    "U8",
+    "I8",
+    "F8_E5M2",
+    "F8_E4M3",
+    "I16",
+    "U16",
+    "F16",
+    "BF16",
+    "I32",
+    "U32",
+    "F32",
+    "F64",
+    "I64",
+    "U64",
+]
+"""Types as the format's own library orders them."""
+
 MAX_HEADER = 100_000_000
 """What the format's own library allows."""
 
@@ -60,6 +79,29 @@ def map_safetensors(path: Path) -> dict[str, Tensor]:
     if not isinstance(entries, dict):
         raise ValueError("its header is no JSON object")
     return {name: _tensor(content, name, entry) for name, entry in entries.items() if name != "__metadata__"}
+
+
+def save_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file tensor by tensor, mapped ones given back one by one; the bytes are the library's own.
+
+    Tensors lie by type, widest first as in ORDER, then by name. They must be on the CPU and contiguous.
+    """
+    codes = {dtype: code for code, dtype in DTYPES.items()}
+    names = sorted(tensors, key=lambda name: (-ORDER.index(codes[tensors[name].dtype]), name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name in names:
+        start, end = end, end + tensors[name].nbytes
+        code, shape = codes[tensors[name].dtype], list(tensors[name].shape)
+        header[name] = {"dtype": code, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name in names:
+            if tensors[name].numel():
+                file.write(tensors[name].detach().view(-1).view(torch.uint8).numpy().data)
+            release([tensors[name]])
 
 
 def _tensor(content: Tensor, name: str, entry: object) -> Tensor:

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from exporter.load import load_model
-from exporter.mapped import DTYPES, map_safetensors
+from exporter.mapped import DTYPES, ORDER, map_safetensors, save_safetensors
 from passes.memory import is_mapped
 
 
@@ -26,6 +26,20 @@ def test_every_type_as_saved(tmp_path: Path) -> None:
         assert found[name].dtype == tensor.dtype
         assert found[name].shape == tensor.shape
         assert found[name].view(torch.uint8).equal(tensor.view(torch.uint8))
+
+
+def test_a_file_is_written_as_the_library_writes_it(tmp_path: Path) -> None:
+    assert sorted(ORDER) == sorted(DTYPES)
+    tensors = {
+        f"{name} {index}": torch.randint(0, 2, (3, index % 4, 5)).to(dtype)
+        for index, dtype in enumerate(DTYPES.values())
+        for name in ("a.weight", "Z", '_\u00e4"\\\n')
+    }
+    tensors["scalar"] = torch.tensor(1.5)
+    metadata = {"qexport": json.dumps({"a": [1, "\u00e4\t"]})}
+    save_file(tensors, tmp_path / "library", metadata=metadata)
+    save_safetensors(tmp_path / "own", tensors, metadata)
+    assert (tmp_path / "own").read_bytes() == (tmp_path / "library").read_bytes()
 
 
 def test_tensors_are_mapped_not_read(tmp_path: Path) -> None:
