@@ -43,12 +43,14 @@ class GPTAQ(GPTQ):
     asymmetric   aim at the float network's layer outputs; see passes.asymmetric
     alpha        how far, from 0 (not at all) to 1
     ridge        how firmly that aim is held to the float weight, as a fraction of the Hessian's mean diagonal
+    refine       as in gptq; its ten rounds lower layers' errors by 0.3 to 1 % more, and bring networks nothing
     eig          adjust the weights' scales by the Hessian's eigenvalues; see passes.eigen_scale, which says why not to
     """
 
     bits: int = 8
     act_bits: int = 8
     group_size: int = -1
+    refine: int = 2
     activations: Activations = "static"
     asymmetric: bool = True
     alpha: float = 1.0

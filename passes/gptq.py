@@ -246,16 +246,16 @@ def _updated(rows: _Rows, factor: Tensor, start: int, block: Tensor) -> Tensor:
 
 def _round_block(rows: _Rows, factor: Tensor, start: int, block: Tensor) -> None:
     """Round the rows from `start` on whose corrected values are `block`, all before them being done."""
-    stop = start + block.shape[1]
-    for index, k in enumerate(range(start, stop)):
-        target = block[:, index : index + 1]
-        if index:
-            target.baddbmm_(factor[:, k : k + 1, start:k], rows.errors[:, start:k])
-        row = slice(k, k + 1)
-        scale, codes = rows.scale[:, row], rows.codes[:, row]
-        torch.div(target, scale, out=codes).round_()
-        codes.clamp_(rows.low[:, row], rows.high[:, row])
-        torch.addcmul(rows.weight[:, row], codes, scale, value=-1, out=rows.errors[:, row])
+    run = slice(start, start + block.shape[1])
+    weight, scale, low, high, codes, errors = (
+        values[:, run] for values in (rows.weight, rows.scale, rows.low, rows.high, rows.codes, rows.errors)
+    )
+    errors.zero_()  # rows to come add nothing to those before them
+    parts = (block, weight, scale, low, high, codes, errors, factor[:, run, run].tril(-1))
+    for target, w, s, bottom, top, code, error, owed in zip(*(part.split(1, dim=1) for part in parts), strict=True):
+        target.baddbmm_(owed, errors)
+        torch.div(target, s, out=code).round_().clamp_(bottom, top)
+        torch.addcmul(w, code, s, value=-1, out=error)
 
 
 def _unit_factor(reversed_hessians: Tensor, dead: Tensor, damp: float) -> tuple[Tensor, Tensor]:

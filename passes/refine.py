@@ -52,13 +52,13 @@ def refine(
         at_once = outputs if quantized.group_size == 0 else OUTPUTS_AT_ONCE
         codes, scale = [], []
         for start in range(0, outputs, at_once):
-            part = _Part(target, quantized, len(hessians), start, at_once)
+            part = _Part(target, hessians, quantized, start, at_once)
             best = _Best(part)
             for index in range(rounds):
                 for group in range(part.scale.shape[1]):
                     gradient = _step_codes(part, hessians, group, _relaxation(index, rounds))
                     if scales:
-                        _step_scale(part, hessians, group, gradient, target.dtype)
+                        _step_scale(part, group, gradient, target.dtype)
                 best.see(part)
             codes.append((best.codes + part.zero).round_().to(quantized.codes.dtype))
             scale.append(best.scale)
@@ -84,11 +84,14 @@ class _Part:
     scale           [problems or 1, groups, outputs or 1]
     low, high       likewise, smallest and largest of codes
     zero            [problems or 1, in, outputs or 1], zero points
+    responses       [problems, in, outputs], H_gg c_g of each group
     change          [problems, 1, outputs], what the error tr(E H E^T) has changed by
     width           columns of a group
     """
 
-    def __init__(self, target: Tensor, quantized: AffineWeight, problems: int, start: int, count: int) -> None:
+    def __init__(self, target: Tensor, hessians: Tensor, quantized: AffineWeight, start: int, count: int) -> None:
+        problems = len(hessians)
+
         def part_of(matrix: Tensor) -> Tensor:
             if len(matrix) == 1 < len(target):
                 matrix = matrix[:, :, None]
@@ -103,9 +106,11 @@ class _Part:
         self.low, self.high = low - zero, high - zero
         self.zero = zero.repeat_interleave(self.width, dim=1)[:, : target.shape[1]]
         self.codes -= self.zero
-        self.errors = torch.empty_like(self.weight)
+        self.errors, self.responses = torch.empty_like(self.weight), torch.empty_like(self.weight)
         self.change = torch.zeros_like(self.weight[:, :1])
         for group in range(self.scale.shape[1]):
+            columns = self.columns(group)
+            self.responses[:, columns] = hessians[:, columns, columns] @ self.codes[:, columns]
             self.set_scale(group, self.scale[:, group : group + 1])
 
     def columns(self, group: int) -> slice:
@@ -143,6 +148,7 @@ def _step_codes(part: _Part, hessians: Tensor, group: int, relaxation: float) ->
     factor = torch.where(diagonal > 0, relaxation / diagonal, 0)  # [problems, columns, 1]
     codes, errors, inner = part.codes[:, columns], part.errors[:, columns], hessians[:, columns, columns]
     gradient = hessians[:, columns] @ part.errors
+    part.responses[:, columns] += gradient / scale
     for start in range(0, codes.shape[1], BLOCK):
         block = slice(start, start + BLOCK)
         before, old = gradient[:, block].clone(), codes[:, block].clone()
@@ -158,15 +164,17 @@ def _step_codes(part: _Part, hessians: Tensor, group: int, relaxation: float) ->
         errors[:, block] += changes
         gradient.baddbmm_(inner[:, :, block], changes)
         part.change += changes.mul_(before.add_(gradient[:, block])).sum(1, keepdim=True)
+    # The gradient fell by s H_gg times what the codes rose by.
+    part.responses[:, columns] -= gradient / scale
     return gradient
 
 
-def _step_scale(part: _Part, hessians: Tensor, group: int, gradient: Tensor, dtype: torch.dtype) -> None:
+def _step_scale(part: _Part, group: int, gradient: Tensor, dtype: torch.dtype) -> None:
     """Set a group's scale to its best value given all codes and the other scales, as far as `dtype` goes."""
     columns, old = part.columns(group), part.scale[:, group : group + 1]
     codes = part.codes[:, columns]
     slope = (gradient * codes).sum(1, keepdim=True)  # [problems, 1, outputs]
-    curvature = ((hessians[:, columns, columns] @ codes) * codes).sum(1, keepdim=True)
+    curvature = (part.responses[:, columns] * codes).sum(1, keepdim=True)
     best = old + slope.sum_to_size(old.shape) / curvature.sum_to_size(old.shape)
     new = best.to(dtype).float()
     # The error is a parabola of the scale. Codes that are all zero have no best scale: nan is not nearer.

@@ -7,8 +7,8 @@ front is rounded to 4 bits (groups of 128), which changes what the measured laye
 
 with W and (V, Z) of tools.bench.problem, seeds 0 and 1. `linear` leaves the ReLU out: then Xq determines X, and a
 real-valued weight could make up for everything. Both sides get X, Xq and W in one process on one thread; seconds are
-those of moments and quantization, the best of --repeat runs, in turn. Both round with act_order, static groups, and
-zero points; `plain` leaves out what else gptaq does by default, the scale search and the refinement.
+the processor's, of moments and quantization, the best of --repeat runs, in turn. Both round with act_order, static
+groups, and zero points; `plain` leaves out what else gptaq does by default, the scale search and the refinement.
 """
 
 import argparse
@@ -115,9 +115,9 @@ def measure(
     """(error, seconds) of each rival."""
     errors, seconds = [0.0] * len(rivals), [float("inf")] * len(rivals)
     for _, (index, rival) in itertools.product(range(repeat), enumerate(rivals)):
-        start = time.perf_counter()
+        start = time.process_time()
         quantized = rival(problem, options)
-        seconds[index] = min(seconds[index], time.perf_counter() - start)
+        seconds[index] = min(seconds[index], time.process_time() - start)
         errors[index] = problem.error(quantized)
     return list(zip(errors, seconds, strict=True))
 

@@ -1,11 +1,11 @@
 """GPTQ on one layer, beside the authors' implementation: python -m tools.bench.gptq_layer [--reference PATH]
 
 PATH is a checkout of https://github.com/IST-DASLab/gptq. All get the same weight and Hessian in the same process on one
-thread; errors are relative layer errors tr(E H E^T) / tr(W H W^T), seconds the best of --repeat runs, in turn. They
-work where --device says.
+thread; errors are relative layer errors tr(E H E^T) / tr(W H W^T), seconds (the processor's, on the CPU) the best of
+--repeat runs, in turn. They work where --device says.
 
     plain     the algorithm of the reference: min-max grids, one pass over the columns
-    refined   what passes.gptq does when nothing is said: grids by the Hessian's diagonal, and passes.refine after it
+    refined   what passes.gptq does when nothing is said: grids by what errors cost, and passes.refine after it
 
 Ratios are to the reference with the same bits, groups, symmetry and order of columns.
 """
@@ -87,11 +87,13 @@ def plain(problem: LayerProblem, options: GPTQ) -> Tensor:
 
 def measure(problem: LayerProblem, options: GPTQ, rivals: list[Quantize], repeat: int) -> list[tuple[float, float]]:
     """(error, seconds) of each rival."""
+    # Other programs on the machine change the processor's seconds little; those of a GPU are not among them.
+    clock = time.process_time if problem.weight.device.type == "cpu" else time.perf_counter
     errors, seconds = [0.0] * len(rivals), [float("inf")] * len(rivals)
     for _, (index, rival) in itertools.product(range(repeat), enumerate(rivals)):
-        start = time.perf_counter()
+        start = clock()
         quantized = finished(rival(problem, options))
-        seconds[index] = min(seconds[index], time.perf_counter() - start)
+        seconds[index] = min(seconds[index], clock() - start)
         errors[index] = problem.error(quantized)
     return list(zip(errors, seconds, strict=True))
 
