@@ -54,7 +54,7 @@ class QDoRA(Pass):
               backwards once; false: by their squares
     notebook  alpha, start and norm as in the code this follows (see passes.dora)
     adapters  a safetensors file, or a folder of PEFT's, with adapters to take instead of fitting any
-    seed      of the order of the samples, and of a random start; added to the recipe's
+    seed      of what is drawn for `outer`, of the order of the samples, of a random start; added to the recipe's
     """
 
     rank: int = 32
