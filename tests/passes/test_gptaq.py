@@ -95,7 +95,7 @@ def test_same_as_its_two_passes_in_turn(activations: str, target: object, act_bi
     inputs = {"x": torch.zeros(4, 5, 12)}
     together, apart, given = (program_of(seeded(FeedForward), inputs) for _ in range(3))
     run(together, GPTAQ(act_bits=act_bits, activations=activations, asymmetric=False))
-    run(apart, ActQuant(bits=act_bits, mode=activations), GPTQ(bits=8, group_size=-1))
+    run(apart, ActQuant(bits=act_bits, mode=activations), GPTQ(bits=8, group_size=-1, refine=GPTAQ.refine))
     assert torch.equal(outputs(together.graph, together), outputs(apart.graph, apart))
     assert count(together.graph, target) == count(apart.graph, target) == 2
     # With quantized activations in the graph it leaves them as they are.
