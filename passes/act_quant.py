@@ -13,6 +13,7 @@ Dynamic ("token"): every linear layer's input is quantized row by row with the r
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
@@ -22,9 +23,14 @@ from passes.base import Pass, PassError, PassResult, Program, Skip
 from passes.calibration import watch_values
 from passes.graph import Layer, add_tensor, aten, call_before, constant_root, single_user
 from passes.ops import E4M3_MAX, FAKE_QUANTIZE, FAKE_QUANTIZE_DYNAMIC
+from passes.output_moments import See, watch_gradients
 from passes.ranges import Method, Observer, QuantRange, choose_range
 from passes.rtn import Format, require_float8
 
+DRAWS = 4
+TOGETHER = 32
+
+QUANTIZERS = frozenset({FAKE_QUANTIZE, FAKE_QUANTIZE_DYNAMIC})
 ACTIVATIONS = frozenset({aten.relu.default, aten.hardtanh.default, aten.clamp.default, aten.clamp_min.default})
 MOVES = frozenset(
     {
@@ -62,14 +68,16 @@ class Point:
 
 @dataclasses.dataclass(frozen=True)
 class ActQuant(Pass):
-    """Options: bits 4 or 8; mode static or token; method minmax, percentile, mse; percentile of values kept.
+    """Options: bits 4 or 8; mode static or token; method minmax, percentile, mse, output; percentile of values kept.
 
+    method   how a static range is chosen, see passes.ranges; output: as mse, but that errors count for what they cost
+             at the network's outputs, which takes gradients of the whole network, 32 samples at a time
     format   int; fp8: static 8-bit floats E4M3, whose largest is the largest observed value, whatever the method
     """
 
     bits: int = 8
     mode: Literal["static", "token"] = "static"
-    method: Method = "mse"
+    method: Method | Literal["output"] = "mse"
     percentile: float = 99.99
     symmetric: bool = False
     format: Format = "int"
@@ -91,6 +99,11 @@ class ActQuant(Pass):
             raise PassError(
                 f"target {program.rules.name} has no per-token activations", fix="use act-quant:mode=static"
             )
+        if self.method == "output" and any(node.target in QUANTIZERS for node in program.graph.graph.nodes):
+            raise PassError(
+                "act-quant: method=output needs gradients, and quantized values have none",
+                fix="quantize activations first, or use method=mse",
+            )
         if self.mode == "static" and not program.calibration.batches:
             raise PassError("act-quant needs calibration data", fix="give --calib, or use act-quant:mode=token")
 
@@ -107,7 +120,7 @@ class ActQuant(Pass):
                 skipped.append(Skip(layer.name, f"{program.rules.name} has no integer kernel for {layer.kind}"))
             elif self.mode == "token" and layer.kind != "linear":
                 skipped.append(Skip(layer.name, "a convolution has no per-token ranges: it needs mode=static"))
-            elif layer.input.target in (FAKE_QUANTIZE, FAKE_QUANTIZE_DYNAMIC):
+            elif layer.input.target in QUANTIZERS:
                 skipped.append(Skip(layer.name, "its input is quantized already"))
             else:
                 layers.append(layer)
@@ -137,23 +150,49 @@ class ActQuant(Pass):
             if node in seen:
                 seen[node].see(value)
 
-        def count(node: fx.Node, value: Tensor) -> None:
-            if node in seen:
-                seen[node].count(value)
-
         watch_values(program.graph, program.calibration.batches, see)
         for node, observer in seen.items():
             if not (math.isfinite(observer.low) and math.isfinite(observer.high)):
                 raise PassError("its values on the calibration data are not finite", node=node.name)
         if self.format == "fp8":
             return {node: float8_range(observer) for node, observer in seen.items()}
+        if self.method == "output":
+            count_costs(program, seen)
         if self.method != "minmax":
-            watch_values(program.graph, program.calibration.batches, count)
+            count_values(program, {node: observer for node, observer in seen.items() if not observer.has_counts})
         symmetric = self.symmetric or program.rules.symmetric_activations
+        method = "mse" if self.method == "output" else self.method
         return {
-            node: choose_range(observer, self.bits, symmetric, self.method, self.percentile, ceiling_of(node))
+            node: choose_range(observer, self.bits, symmetric, method, self.percentile, ceiling_of(node))
             for node, observer in seen.items()
         }
+
+
+def count_values(program: Program, seen: Mapping[fx.Node, Observer]) -> None:
+    """Let each observer count its node's values."""
+
+    def count(node: fx.Node, value: Tensor) -> None:
+        if node in seen:
+            seen[node].count(value)
+
+    if seen:
+        watch_values(program.graph, program.calibration.batches, count)
+
+
+def count_costs(program: Program, seen: Mapping[fx.Node, Observer]) -> None:
+    """Let each observer count its node's values by what an error there costs at the network's outputs.
+
+    A cost is the mean over the samples that run together, and over DRAWS of passes.output_moments, of the gradient's
+    square at that place of the value. Values that no gradient reaches are not counted.
+    """
+
+    def counter(observer: Observer) -> See:
+        return lambda value, gradient: observer.count(value, gradient.square().mean(0, keepdim=True))
+
+    watched = {node: counter(observer) for node, observer in seen.items()}
+    generator = torch.Generator().manual_seed(program.seed)
+    for _ in range(DRAWS):
+        watch_gradients(program.graph, watched, program.calibration.batches, "mse", generator, TOGETHER)
 
 
 def float8_range(observer: Observer) -> QuantRange:

@@ -29,7 +29,7 @@ from passes.refit_ranges import refit_ranges
 from passes.walk import Walk
 from passes.weights import AffineWeight
 
-Activations = Literal["static", "rtn", "token", "reoptimize"]
+Activations = Literal["static", "rtn", "token", "reoptimize", "output"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,8 @@ class GPTAQ(GPTQ):
     act_bits     8 or 4; 0: activations stay float, and the asymmetric term makes up for the weights rounded before
     activations  static: one range a tensor, of the least squared error on calibration data; rtn: one from the smallest
                  value to the largest; reoptimize: static, re-fitted after the weights by the output error of layers,
-                 see passes.refit_ranges; token: each row's own range at run time
+                 see passes.refit_ranges; token: each row's own range at run time; output: as static, errors counted by
+                 what they cost at the network's outputs
     asymmetric   aim at the float network's layer outputs; see passes.asymmetric
     alpha        how far, from 0 (not at all) to 1
     ridge        how firmly that aim is held to the float weight, as a fraction of the Hessian's mean diagonal
@@ -106,8 +107,15 @@ class GPTAQ(GPTQ):
 
     @property
     def _act_quant(self) -> ActQuant:
-        mode: Literal["static", "token"] = "token" if self.activations == "token" else "static"
-        return ActQuant(bits=self.act_bits, mode=mode, method="minmax" if self.activations == "rtn" else "mse")
+        match self.activations:
+            case "token":
+                return ActQuant(bits=self.act_bits, mode="token")
+            case "rtn":
+                return ActQuant(bits=self.act_bits, method="minmax")
+            case "output":
+                return ActQuant(bits=self.act_bits, method="output")
+            case _:
+                return ActQuant(bits=self.act_bits)
 
 
 def quantize_weight(

@@ -7,10 +7,10 @@ G = E[g g^T], [out, out], where g is the gradient at the layer's output of
     mse   the product of the outputs with standard normal numbers: E over them of J^T z z^T J is J^T J
     kl    -log p(c), with c drawn from the softmax p of the outputs: its covariance is the Fisher information
 
-one draw for each position of the outputs, on the float network.
+one draw for each position of the outputs, on the float network. An error of a value itself costs g^2 each, summed.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -18,9 +18,11 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from passes.calibration import Batch, cut
-from passes.graph import Layer, find_layers, inputs_of
+from passes.graph import find_layers, inputs_of
 
 Loss = Literal["mse", "kl"]
+See = Callable[[Tensor, Tensor], None]
+"""Is given a value and the gradient there."""
 
 
 def output_moments(
@@ -36,9 +38,35 @@ def output_moments(
     A layer that no floating-point output depends on, or of which none is computed by operators that have gradients, is
     missing. Outputs of whole numbers do not count.
     """
-    wanted = set(names)
-    layers = {layer.node: layer for layer in find_layers(graph) if layer.name in wanted}
-    watch = _Backward(graph, layers)
+    wanted, totals, counts = set(names), dict[str, Tensor](), dict[str, int]()
+
+    def see_layer(name: str) -> See:
+        def see(_: Tensor, gradient: Tensor) -> None:
+            rows = gradient.float().flatten(0, -2) if gradient.dim() > 1 else gradient.float()[None]
+            product = rows.mT @ rows
+            totals[name] = totals[name] + product if name in totals else product
+            counts[name] = counts.get(name, 0) + len(rows)
+
+        return see
+
+    watched = {layer.node: see_layer(layer.name) for layer in find_layers(graph) if layer.name in wanted}
+    watch_gradients(graph, watched, batches, loss, generator, size)
+    return {name: total / counts[name] for name, total in totals.items()}
+
+
+def watch_gradients(
+    graph: fx.GraphModule,
+    watched: Mapping[fx.Node, See],
+    batches: Sequence[Batch],
+    loss: Loss,
+    generator: torch.Generator,
+    size: int,
+) -> None:
+    """Hand each watched node's values and a draw of g there to its function, `size` samples at a time.
+
+    Functions of nodes that no floating-point output depends on, or behind which operators have no gradient, see none.
+    """
+    watch = _Backward(graph, watched)
     inputs = [str(node.target) for node in inputs_of(graph)]
     for batch in (part for whole in batches for part in cut(whole, size)):
         with torch.enable_grad():
@@ -46,7 +74,6 @@ def output_moments(
             probes = [_probe(value.float(), loss, generator) for value in outputs if value.requires_grad]
             if probes:
                 torch.stack(probes).sum().backward()
-    return {name: total / watch.counts[name] for name, total in watch.totals.items()}
 
 
 def _probe(value: Tensor, loss: Loss, generator: torch.Generator) -> Tensor:
@@ -59,28 +86,21 @@ def _probe(value: Tensor, loss: Loss, generator: torch.Generator) -> Tensor:
 
 
 class _Backward(fx.Interpreter):
-    """Runs a graph so that gradients reach the layers' outputs, and sums up their moments."""
+    """Runs a graph so that gradients reach the watched values, and hands them on."""
 
-    def __init__(self, graph: fx.GraphModule, layers: Mapping[fx.Node, Layer]) -> None:
+    def __init__(self, graph: fx.GraphModule, watched: Mapping[fx.Node, See]) -> None:
         super().__init__(graph)
-        self._layers = layers
-        self.totals: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}
+        self._watched = watched
 
     def run_node(self, n: fx.Node) -> Any:
-        """As ever, but that a layer's output asks for its gradient."""
+        """As ever, but that a watched value asks for its gradient."""
         value = super().run_node(n)
-        layer = self._layers.get(n)
-        if layer is None:
+        see = self._watched.get(n)
+        if see is None or not value.is_floating_point():
             return value
         if not value.requires_grad:
             # not a leaf: an operator behind may work in place
             value = value.detach().requires_grad_().clone()
-        value.register_hook(lambda gradient: self._add(layer.name, gradient))
+        kept = value.detach()
+        value.register_hook(lambda gradient: see(kept, gradient.detach()))
         return value
-
-    def _add(self, name: str, gradient: Tensor) -> None:
-        rows = gradient.detach().float().flatten(0, -2) if gradient.dim() > 1 else gradient.detach().float()[None]
-        product = rows.mT @ rows
-        self.totals[name] = self.totals[name] + product if name in self.totals else product
-        self.counts[name] = self.counts.get(name, 0) + len(rows)

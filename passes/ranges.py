@@ -43,6 +43,11 @@ class Observer:
     high: float = float("-inf")
     counts: Tensor | None = None
 
+    @property
+    def has_counts(self) -> bool:
+        """True when something was counted that is worth anything."""
+        return self.counts is not None and bool(self.counts.any())
+
     def see(self, value: Tensor) -> None:
         """First visit: widen the extremes."""
         low, high = torch.aminmax(value)
@@ -50,12 +55,17 @@ class Observer:
         self.low = float(np.minimum(self.low, low.item()))
         self.high = float(np.maximum(self.high, high.item()))
 
-    def count(self, value: Tensor) -> None:
-        """Second visit: count values into equal bins between the extremes."""
+    def count(self, value: Tensor, costs: Tensor | None = None) -> None:
+        """Second visit: count values into equal bins between the extremes, each for one or, broadcast, its cost."""
         if self.counts is None:
             self.counts = torch.zeros(BINS, dtype=torch.float64)
-        if self.high > self.low:
+        if self.high <= self.low:
+            return
+        if costs is None:
             self.counts += torch.histc(value.float(), BINS, self.low, self.high).double()
+        else:
+            bins = ((value - self.low) * (BINS / (self.high - self.low))).long().clamp_(0, BINS - 1)
+            self.counts += torch.bincount(bins.flatten(), costs.expand_as(value).flatten().double(), minlength=BINS)
 
 
 def choose_range(

@@ -162,7 +162,7 @@ def test_concat_of_quantized_values_is_quantized_and_of_others_is_not() -> None:
 # ---- ranges --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["minmax", "percentile", "mse"])
+@pytest.mark.parametrize("method", ["minmax", "percentile", "mse", "output"])
 def test_behind_a_relu_codes_begin_at_zero(method: str) -> None:
     subject = program(Net(), ONNX)
     ActQuant(method=method).run(subject)
@@ -177,6 +177,43 @@ def test_operators_that_move_values_keep_the_range_they_got() -> None:
     assert range_of(subject.graph, "max_pool2d") == range_of(subject.graph, "relu")
     assert range_of(subject.graph, "flatten") == range_of(subject.graph, "adaptive_avg_pool2d")
     assert range_of(subject.graph, "adaptive_avg_pool2d") != range_of(subject.graph, "relu_2")
+
+
+class Deaf(nn.Module):
+    """A layer with large inputs that it does not hear; its answer is a number, or a choice, which has no gradient."""
+
+    def __init__(self, chooses: bool) -> None:
+        super().__init__()
+        self.inner, self.chooses = nn.Linear(8, 4), chooses
+        self.inner.weight.data[:, 4:] = 0
+        self.register_buffer("loudness", torch.tensor([1.0] * 4 + [100.0] * 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, 8] -> [N, 4] or [N]."""
+        y = self.inner(x * self.loudness)
+        return y.argmax(-1) if self.chooses else y
+
+
+@pytest.mark.parametrize("chooses", [False, True])
+def test_output_counts_errors_by_what_they_do_to_the_outputs(chooses: bool) -> None:
+    scales = {}
+    for method in ("mse", "output"):
+        subject = program(Deaf(chooses), ONNX, {"x": torch.zeros(64, 8)})
+        ActQuant(method=method).run(subject)
+        scales[method] = range_of(subject.graph, "mul")[0]
+    if chooses:
+        assert scales["output"] == scales["mse"]
+    else:
+        # Heard values end far below the least share of the range that is tried, 0.3; mse keeps most of the range.
+        assert scales["output"] < 0.5 * scales["mse"]
+
+
+def test_output_is_refused_behind_quantizers() -> None:
+    subject = program(Net(), ONNX)
+    ActQuant().run(subject)
+    with pytest.raises(PassError, match="method=output needs gradients") as refused:
+        ActQuant(method="output").requires(subject)
+    assert "method=mse" in refused.value.fix
 
 
 def test_a_cap_per_channel_and_the_relu_in_front_of_it_round_once() -> None:

@@ -103,12 +103,13 @@ def test_same_as_its_two_passes_in_turn(activations: str, target: object, act_bi
     assert torch.equal(outputs(given.graph, given), outputs(apart.graph, apart))
 
 
-@pytest.mark.parametrize("activations", ["rtn", "reoptimize"])
+@pytest.mark.parametrize("activations", ["rtn", "reoptimize", "output"])
 def test_kinds_of_static_ranges(activations: Activations) -> None:
     inputs = {"x": torch.zeros(16, 3, 8, 8)}
     together, apart = (program_of(seeded(InvertedResidual), inputs) for _ in range(2))
     result = run(together, GPTAQ(act_bits=4, activations=activations))[-1].result
-    run(apart, ActQuant(bits=4, method="minmax" if activations == "rtn" else "mse"), GPTAQ(act_bits=4))
+    method = {"rtn": "minmax", "reoptimize": "mse", "output": "output"}[activations]
+    run(apart, ActQuant(bits=4, method=method), GPTAQ(act_bits=4))
     if activations == "reoptimize":
         assert result.measured["refitted_ranges"] == len(refit_ranges(apart)) > 0
     assert torch.equal(outputs(together.graph, together), outputs(apart.graph, apart))

@@ -88,6 +88,17 @@ def test_values_spread_evenly_keep_their_range(method: Method) -> None:
     assert chosen.zero_point == pytest.approx(64, abs=1)
 
 
+def test_costs_of_one_count_as_none_do_and_costs_of_two_twice() -> None:
+    values = torch.randn(7, 5, generator=torch.Generator().manual_seed(0))
+    plain, costly = observed(values), Observer()
+    costly.see(values)
+    assert not costly.has_counts
+    costly.count(values, torch.full((1, 5), 2.0))
+    assert costly.has_counts
+    # Values at the border of two bins may fall into either: sums over neighbours.
+    assert torch.allclose(costly.counts.cumsum(0), 2 * plain.counts.cumsum(0), atol=2)
+
+
 def test_percentile_keeps_its_share_on_each_side() -> None:
     values = torch.cat([torch.linspace(-1, 1, 9800), torch.full((100,), 10.0), torch.full((100,), -10.0)])
     chosen = choose_range(observed(values), 8, True, "percentile", 98.0)
