@@ -124,7 +124,7 @@ def test_the_engine_stays_as_small_as_the_format(label: str, tmp_path: Path) -> 
         affine(4, 64),
         affine(8, 16, zeros="whole"),
         codebooks(3, 4, 5),
-        codebooks(2, 4, 5, in_scales=True, scale_bits=2, shared=(5, 2), value_bits=1, value_groups=2),
+        codebooks(2, 4, 5, in_scales=True, scale_bits=2, shared=(5, 1), value_bits=1, value_groups=2),
     ],
 )
 def test_rows_that_bytes_and_groups_do_not_divide(make: Make, tmp_path: Path) -> None:
