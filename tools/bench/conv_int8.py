@@ -44,6 +44,8 @@ ROWS = (
     "absorb-bias,cle,gptaq:group_size=0",
     "absorb-bias,centre,cle,gptaq:group_size=0",
     "absorb-bias,centre,cle:activations=0,gptaq:group_size=0",
+    "absorb-bias,centre,cle,gptaq:group_size=0:activations=output",
+    "absorb-bias,centre,cle:activations=0.6,gptaq:group_size=0:activations=output",
     "absorb-bias,centre,cle,gptaq",
 )
 
