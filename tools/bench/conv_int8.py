@@ -45,7 +45,7 @@ ROWS = (
     "absorb-bias,centre,cle,gptaq:group_size=0",
     "absorb-bias,centre,cle:activations=0,gptaq:group_size=0",
     "absorb-bias,centre,cle,gptaq:group_size=0:activations=output",
-    "absorb-bias,centre,cle:activations=0.6,gptaq:group_size=0:activations=output",
+    "absorb-bias,centre,cle:activations=0.65,gptaq:group_size=0:activations=output",
     "absorb-bias,centre,cle,gptaq",
 )
 
