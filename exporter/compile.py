@@ -213,7 +213,7 @@ def _compile(
                 layer_rules=recipe.layer_rules,
                 seed=recipe.seed,
             )
-            program.on_step = progress.step
+            program.on_step, program.on_part = progress.step, progress.part
             program.memory = Memory(recipe.memory, folder)
             program.ranks = ranks
             if output.cache is not None:

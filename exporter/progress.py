@@ -29,6 +29,9 @@ class Progress(Protocol):
     def step(self, text: str, done: int, total: int) -> None:
         """Inside the stage, `done` of `total` units of work are over; `text` says what is next."""
 
+    def part(self, text: str) -> None:
+        """What is being done inside the step."""
+
 
 class Silent:
     """Says nothing."""
@@ -37,6 +40,9 @@ class Silent:
         """Nothing."""
 
     def step(self, text: str, done: int, total: int) -> None:
+        """Nothing."""
+
+    def part(self, text: str) -> None:
         """Nothing."""
 
 
@@ -56,6 +62,9 @@ class Lines:
 
     def step(self, text: str, done: int, total: int) -> None:
         """Nothing: a log file is no place for a bar."""
+
+    def part(self, text: str) -> None:
+        """Nothing."""
 
 
 class _TimeLeft(ProgressColumn):
@@ -89,6 +98,7 @@ class RichProgress:
         self._task: TaskID | None = None
         self._started = 0.0
         self._first_step: float | None = None
+        self._step = ""
 
     def __enter__(self) -> Self:
         self._bars.start()
@@ -114,6 +124,12 @@ class RichProgress:
         if self._task is not None and (done or now - self._started > PATIENCE_S):
             end = now + (now - self._first_step) / done * (total - done) if done else None
             self._bars.update(self._task, completed=done, total=total, text=text, end=end)
+        self._step = text
+
+    def part(self, text: str) -> None:
+        """Say it behind the step's text."""
+        if self._task is not None and time.monotonic() - self._started > PATIENCE_S:
+            self._bars.update(self._task, text=f"{self._step}, {text}")
 
 
 @contextlib.contextmanager

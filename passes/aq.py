@@ -13,7 +13,7 @@ scales by Adam.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
@@ -25,7 +25,7 @@ from passes.aq_rows import Rows, cut_rows, moments_of
 from passes.aq_scales import TABLE_ITERATIONS, group_scales, round_to_tables, update_scales
 from passes.aq_search import sweep
 from passes.aq_start import feedback_of, first_codes
-from passes.base import PassError, PassResult, Program
+from passes.base import PassError, PassResult, Program, silent_part
 from passes.block_tune import tune_blocks
 from passes.graph import Layer
 from passes.half import half_codebooks, half_scales
@@ -218,7 +218,7 @@ class AQ(WeightPass):
 
     def quantize_layer(self, matrix: Tensor, layer: Layer, walk: Walk) -> QuantWeight:
         """quantize_weight with these options, on the layer's second moments."""
-        return quantize_weight(matrix, walk.hessian(layer), self)
+        return quantize_weight(matrix, walk.hessian(layer), self, on_part=walk.on_part)
 
     def quantize_table(self, table: Tensor) -> QuantWeight:
         """With codebooks when asked for: a row is looked up alone, so that all errors count alike."""
@@ -234,13 +234,15 @@ def quantize_weight(
     *,
     code_penalties: Tensor | None = None,
     devices: Sequence[torch.device] = (),
+    on_part: Callable[[str], None] = silent_part,
 ) -> CodebookWeight:
     """Quantize `weight` [out, in] for inputs whose second moments are `hessian` = X^T X / n, [in, in].
 
     A grouped convolution has one Hessian for each group: [groups, in, in]; the rows of `weight` fall into as many equal
     runs, which share the codebooks. code_penalties [num_codebooks, entries] are added to the layer error
     tr(E H E^T) for every use of an entry. The outputs are worked on in runs on the devices in turn; without any, on
-    the weight's. Raises PassError when the blocks do not fit, or numbers are not finite.
+    the weight's. on_part is told each part of the work as it begins, with the relative error so far. Raises PassError
+    when the blocks do not fit, or numbers are not finite.
     """
     hessians = hessian.view(-1, *hessian.shape[-2:])
     reason = options.misfit(len(weight) // len(hessians), weight.shape[1], len(hessians))
@@ -251,7 +253,7 @@ def quantize_weight(
     if not torch.isfinite(weight).all():
         raise PassError("its weight is not finite", fix="check the model")
     with single_thread(), torch.no_grad():
-        return _Fit(weight, hessians, options, code_penalties, tuple(devices) or (weight.device,)).run()
+        return _Fit(weight, hessians, options, code_penalties, tuple(devices) or (weight.device,), on_part).run()
 
 
 def search_codes(
@@ -302,13 +304,16 @@ class _Fit:
         options: AQ,
         penalties: Tensor | None,
         devices: tuple[torch.device, ...],
+        on_part: Callable[[str], None],
     ) -> None:
-        self.options, self.dtype, self.penalties = options, weight.dtype, penalties
+        self.options, self.dtype, self.penalties, self.on_part = options, weight.dtype, penalties, on_part
         self.generator = torch.Generator().manual_seed(options.seed)
         self.moments = [moments_of(_counted(part), options.in_group_size, options.out_group_size) for part in hessians]
         sizes = options.out_group_size, options.num_codebooks
         self.runs = cut_rows(weight, self.moments, *sizes, devices, options.sharing)
         self.levels: list[Tensor | None] = [None] * len(self.runs)
+        squares = [(rows.moments.hessian @ rows.weight).mul_(rows.weight).sum() for rows in self.runs]
+        self.whole = sum(map(float, squares)) or 1.0  # tr(W H W^T), what errors are relative to
         scales = self.runs[0].groups // options.sharing[1]
         self.tables = options.scale_bits > 0 and 2**options.scale_bits < scales
 
@@ -320,11 +325,13 @@ class _Fit:
         self.begin()
         self.improve()
         if self.tables:
+            self.on_part("scales to tables")
             bits = self.options.scale_bits
             self.levels = [round_to_tables(rows, self.codebooks, bits) for rows in self.runs]
             self.refresh()
             self.improve()
         if self.round_values():
+            self.on_part("codes for rounded codebooks")
             self.refresh()
             self.search()
         return self.result()
@@ -336,7 +343,9 @@ class _Fit:
         feedbacks = [feedback_of(moments.hessian, *sizes, options.damp) for moments in self.moments]
         metrics = [feedbacks[rows.problem].metrics_by_group() for rows in self.runs]
         entries, sample = 2**options.codebook_bits, max(options.sample, 2**options.codebook_bits)
+        self.on_part("first codebooks")
         self.codebooks = first_codebooks(self.runs, metrics, entries, sample, options.kmeans_iterations, self.generator)
+        self.on_part("first codes")
         for rows in self.runs:
             feedback = feedbacks[rows.problem].to(rows.device)
             first_codes(rows, feedback, self.codebooks.to(rows.device), options.beam_size, self.penalties_on(rows))
@@ -345,6 +354,7 @@ class _Fit:
         """Rounds of codebooks, scales and codes until the error stops falling."""
         before = self.error()
         for done in range(self.options.rounds):
+            self.on_part(f"round {done + 1} of at most {self.options.rounds}, error {before / self.whole:.4f}")
             self.codebooks = update_codebooks(self.runs, self.codebooks, self.options.codebook_steps)
             if done == 0 or self.options.scale_bits:  # scales of whole rows hardly move after that
                 for rows, levels in zip(self.runs, self.levels, strict=True):

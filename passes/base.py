@@ -90,8 +90,12 @@ class LayerRule:
     options: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
 
-def _silent(layer: str, done: int, total: int) -> None:
+def silent_step(layer: str, done: int, total: int) -> None:
     """The default of Program.on_step."""
+
+
+def silent_part(text: str) -> None:
+    """The default of Program.on_part."""
 
 
 @dataclasses.dataclass
@@ -108,6 +112,7 @@ class Program:
     cache          finished layers of this run and of one that was stopped, if they are kept
     ranks          the processes that work on this program together
     on_step        told (layer, work done, work in all), in units of its own, by passes that take long
+    on_part        told what a pass is at inside a step that takes long
     """
 
     graph: fx.GraphModule
@@ -123,7 +128,8 @@ class Program:
     memory: Memory = dataclasses.field(default_factory=Memory)
     cache: Cache | None = None
     ranks: Ranks = dataclasses.field(default_factory=Ranks)
-    on_step: Callable[[str, int, int], None] = _silent
+    on_step: Callable[[str, int, int], None] = silent_step
+    on_part: Callable[[str], None] = silent_part
 
     def layers(self) -> list[Layer]:
         """The graph's layers in order."""

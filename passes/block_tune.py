@@ -39,7 +39,9 @@ def tune_blocks(program: Program, steps: int, learning_rate: float) -> dict[str,
     counterparts = {node.name: node for node in twin.graph.nodes}
     quantized, floats = (Stream(graph, program.calibration.batches) for graph in (program.graph, twin))
     ratios = {}
-    for path, nodes in find_blocks(program.graph).items():
+    blocks = find_blocks(program.graph)
+    for done, (path, nodes) in enumerate(blocks.items()):
+        program.on_step(f"tuning {path}", done, len(blocks))
         inside = set(nodes)
         ends = [node for node in nodes if any(user not in inside for user in node.users)]
         if len(ends) != 1 or ends[0].name not in counterparts or not _tunable(nodes):

@@ -19,12 +19,12 @@ from passes.layer_inputs import Part, hessian_of, moments_of
 class Walk:
     """Moments of layers' inputs as the graph is when their turn comes; every rank runs its own batches through it.
 
-    Moments are made, and are, on the rank's device.
+    Moments are made, and are, on the rank's device. `on_part` is the program's.
     """
 
     def __init__(self, program: Program) -> None:
         everything = program.calibration.batches
-        self.ranks = program.ranks
+        self.ranks, self.on_part = program.ranks, program.on_part
         self._part = Part(self.ranks, self.ranks.batches(len(everything)), len(everything))
         batches = [everything[index] for index in self._part.batches]
         self._stream = Stream(program.graph, batches, program.memory, self.ranks.device)

@@ -53,6 +53,27 @@ def test_a_terminal_gets_the_stage_and_its_step() -> None:
     assert "blocks.0.fc1" in written
 
 
+def test_a_terminal_gets_the_part_of_a_long_step_and_keeps_its_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    terminal = io.StringIO()
+    with RichProgress(Console(file=terminal, force_terminal=True, width=100)) as bars:
+        bars.stage("aq")
+        bars.step("blocks.0.fc1", 0, 2)
+        bars.part("too soon")
+        now = 60.0
+        bars.part("round 2")
+        now = 100.0
+        bars.step("blocks.0.fc2", 1, 2)
+        now = 120.0
+        bars.part("first codes")
+        bars._bars.refresh()
+    written = terminal.getvalue()
+    assert "too soon" not in written
+    assert "blocks.0.fc2, first codes" in written
+    assert "0:01:20 left" in written  # 100 seconds a step, 20 of the second are gone
+
+
 def test_a_terminal_gets_the_time_left_by_the_work_that_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr(progress.time, "monotonic", lambda: now)

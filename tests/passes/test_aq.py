@@ -72,6 +72,16 @@ def test_bits_per_parameter_of_the_usual_sizes() -> None:
     assert AQ(scale_bits=8).bits_per_parameter(2048, 2048) == 2 + (2 * 256 * 8 * 16 + 2048 * 256 * 16) / 2048**2
 
 
+def test_parts_of_a_long_layer_are_told_with_an_error_that_falls() -> None:
+    weight, hessian = _problem(64, 32)
+    told: list[str] = []
+    quantize_weight(weight, hessian, dataclasses.replace(SMALL, tolerance=0.0), on_part=told.append)
+    assert told[:2] == ["first codebooks", "first codes"]
+    assert [text.partition(",")[0] for text in told[2:]] == [f"round {i} of at most 3" for i in (1, 2, 3)]
+    errors = [float(text.rpartition(" ")[2]) for text in told[2:]]
+    assert 1 > errors[0] > errors[1] > errors[2] > 0
+
+
 def test_error_is_far_below_rounding_at_the_same_bits(problem: LayerProblem) -> None:
     """And below half of rounding with one bit more. When written: 0.011, 0.45 and 0.17."""
     quantized = quantize_weight(problem.weight, problem.hessian, AQ(codebook_bits=6, rounds=3))

@@ -104,7 +104,9 @@ def test_a_block_that_tuning_makes_worse_stays() -> None:
 def test_the_pass_tunes_when_asked() -> None:
     program = _quantized()
     assert program.float_twin is not None
-    fresh = dataclasses.replace(program, graph=copy_graph(program.float_twin))
+    steps: list[tuple[str, int, int]] = []
+    fresh = dataclasses.replace(program, graph=copy_graph(program.float_twin), on_step=lambda *step: steps.append(step))
     result = dataclasses.replace(OPTIONS, tune=30).run(fresh)
     assert result.measured["tuned_blocks"] == 2
+    assert steps[-2:] == [("tuning layers.0", 0, 2), ("tuning layers.1", 1, 2)]
     assert _distance(fresh) < 0.97 * _distance(program)
