@@ -4,9 +4,9 @@ import contextlib
 import datetime
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol, Self, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, Task, TaskID, TextColumn
@@ -18,6 +18,8 @@ PATIENCE_S = 2.0
 
 LONG_S = 10.0
 """A stage that takes longer than this is worth a line in a log."""
+
+Unit = TypeVar("Unit")
 
 
 class Progress(Protocol):
@@ -31,6 +33,14 @@ class Progress(Protocol):
 
     def part(self, text: str) -> None:
         """What is being done inside the step."""
+
+
+def steps(on_step: Callable[[str, int, int], None], text: str, work: Sequence[Unit]) -> Iterator[Unit]:
+    """The units of work in order; `on_step` is told of each as it begins, and of the end."""
+    for done, unit in enumerate(work):
+        on_step(text, done, len(work))
+        yield unit
+    on_step(text, len(work), len(work))
 
 
 class Silent:
@@ -89,9 +99,9 @@ class RichProgress:
         self._bars = Bars(
             SpinnerColumn(),
             TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.fields[text]}"),
+            BarColumn(bar_width=20),
             _TimeLeft(),
+            TextColumn("{task.fields[text]}"),  # last: what does not fit is cut off
             console=console or Console(stderr=True),
             transient=True,
         )
@@ -122,7 +132,7 @@ class RichProgress:
         if not done or self._first_step is None:
             self._first_step = now  # what took no time, as it was kept, is not work done
         if self._task is not None and (done or now - self._started > PATIENCE_S):
-            end = now + (now - self._first_step) / done * (total - done) if done else None
+            end = now + (now - self._first_step) / done * (total - done) if 0 < done < total else None
             self._bars.update(self._task, completed=done, total=total, text=text, end=end)
         self._step = text
 

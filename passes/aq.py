@@ -354,7 +354,7 @@ class _Fit:
         """Rounds of codebooks, scales and codes until the error stops falling."""
         before = self.error()
         for done in range(self.options.rounds):
-            self.on_part(f"round {done + 1} of at most {self.options.rounds}, error {before / self.whole:.4f}")
+            self.on_part(f"round {done + 1}, error {before / self.whole:.4f}")
             self.codebooks = update_codebooks(self.runs, self.codebooks, self.options.codebook_steps)
             if done == 0 or self.options.scale_bits:  # scales of whole rows hardly move after that
                 for rows, levels in zip(self.runs, self.levels, strict=True):
