@@ -31,6 +31,7 @@ from exporter.formats import FORMATS, pack_smallest
 from exporter.formats.base import Packed
 from exporter.formats.meta import integers, typed
 from exporter.mapped import save_safetensors
+from exporter.progress import steps
 from exporter.report import Json
 from passes.base import Program
 from passes.graph import Layer, copy_graph, get_tensor
@@ -130,7 +131,7 @@ def save_checkpoint(program: Program, folder: Path) -> Path:
         **dict(used.named_buffers(remove_duplicate=False)),
     }
     entries: dict[str, Json] = {}
-    for layer in layers:
+    for layer in steps(program.on_step, "packing", layers, len(layers)):
         source = source_of(layer)
         if source is not None:
             parts = _tensor_names(source)
@@ -147,7 +148,7 @@ def save_checkpoint(program: Program, folder: Path) -> Path:
         "aliases": aliases,
     }
     path = folder / FILE
-    save_safetensors(path, stored, {KEY: json.dumps(content, sort_keys=True)})
+    save_safetensors(path, stored, {KEY: json.dumps(content, sort_keys=True)}, program.on_step)
     return path
 
 

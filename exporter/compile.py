@@ -235,6 +235,7 @@ def _compile(
         for backend in backends:
             clock.stage(f"lower to {backend.name}")
             lowered[backend.name] = backend.lower(program, _folder_of(backend, folder))
+        clock.stage("save the checkpoint")
         save_checkpoint(program, folder)
 
         engine: EngineResult | None = None
@@ -244,10 +245,10 @@ def _compile(
             engine, incomplete = build_engine(recipe, folder)
 
         clock.stage("validate")
-        report = judge_all(program, recipe, lowered, engine, folder, progress)
+        report = judge_all(program, recipe, lowered, engine, folder)
         if recipe.sensitivity:
             clock.stage("sensitivity")
-            report = dataclasses.replace(report, sensitivity=measure_sensitivity(program, recipe.eval, progress.step))
+            report = dataclasses.replace(report, sensitivity=measure_sensitivity(program, recipe.eval))
         clock.stop()
     report = dataclasses.replace(
         report,

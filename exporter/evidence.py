@@ -16,13 +16,14 @@ noise of its own output when they are independent.
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, fx
 
 from exporter.lockstep import float_layers
 from exporter.metrics import Comparison
+from exporter.progress import steps
 from exporter.report import Evidence
 from exporter.validate import evaluate, layer_batches, own_output, quantize_input
 from passes.base import Program
@@ -47,11 +48,8 @@ def _samples(batch: Batch) -> int:
     return len(next(iter(batch.values())))
 
 
-def gather(program: Program, progress: Callable[[int, int], None] = lambda done, total: None) -> dict[str, Evidence]:
-    """{quantized layer: what was measured}; layers with float weights and float inputs are left out.
-
-    `progress` is told (batches done, batches in all).
-    """
+def gather(program: Program) -> dict[str, Evidence]:
+    """{quantized layer: what was measured}; layers with float weights and float inputs are left out."""
     twin = program.float_twin or program.graph
     twins = {layer.name: layer for layer in find_layers(twin)}
     quantized = {
@@ -60,12 +58,10 @@ def gather(program: Program, progress: Callable[[int, int], None] = lambda done,
         if layer.name in twins and (is_quantized(layer) or _input_bits(layer) is not None)
     }
     runs = {name: _Runs(layer, channel_axis(layer, twins[name], twin)) for name, layer in quantized.items()}
-    batches = few_batches(program)
+    batches, looked_at = few_batches(program), {name: twins[name] for name in quantized}
     for index, batch in enumerate(batches):
-        progress(index, len(batches))
-        for name, (value, expected) in float_layers(twin, twins, batch):
-            if name not in runs:
-                continue
+        layers, total = float_layers(twin, looked_at, batch), len(batches) * len(looked_at)
+        for name, (value, expected) in steps(program.on_step, "causes", layers, total, index * len(looked_at)):
             run, layer = runs[name], quantized[name]
             if run.weight_only is not None:
                 alone = own_output(program.graph, layer, value, quantize=False)
@@ -76,7 +72,7 @@ def gather(program: Program, progress: Callable[[int, int], None] = lambda done,
                 run.input.add(value, rounded, _static_range(program.graph, layer))
     return {
         name: _with_weight(runs[name].evidence(), program.graph, layer, twin, twins[name])
-        for name, layer in quantized.items()
+        for name, layer in steps(program.on_step, "causes in weights", quantized.items(), len(quantized))
     }
 
 

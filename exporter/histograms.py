@@ -14,6 +14,7 @@ import numpy as np
 from exporter.evidence import few_batches
 from exporter.lockstep import InStep, float_layers, marked_layers
 from exporter.lowering.lowered import Lowered
+from exporter.progress import steps
 from exporter.report import Histogram
 from exporter.validate import evaluate, quantize_input
 from passes.base import Program
@@ -60,7 +61,8 @@ def _values(program: Program, lowered: Lowered, names: Sequence[str]) -> Iterato
             before = get_tensor(twin, twins[name].weight)
             yield name, "weight", before.numpy(), evaluate(program.graph, layer.weight).numpy()
             release([before])
-    for batch in few_batches(program):
+    batches = few_batches(program)
+    for batch in steps(program.on_step, "histograms", batches, len(batches)):
         simulated = InStep(marked_layers(lowered.simulated, batch))
         for name, (value, expected) in float_layers(twin, twins, batch):
             if name not in quantized:

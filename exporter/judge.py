@@ -14,7 +14,7 @@ from exporter.evidence import gather
 from exporter.histograms import layer_histograms
 from exporter.kernels import kernel_of_layers, optimized_kernels
 from exporter.lowering.lowered import Dtype, Lowered
-from exporter.progress import Progress
+from exporter.progress import steps
 from exporter.recipe import Recipe
 from exporter.report import AllSums, Report, Sums
 from exporter.stage_noise import measure_stages
@@ -40,21 +40,16 @@ NETWORKS = 10
 
 
 def judge_all(
-    program: Program,
-    recipe: Recipe,
-    lowered: Mapping[str, Lowered],
-    engine: EngineResult | None,
-    folder: Path,
-    progress: Progress,
+    program: Program, recipe: Recipe, lowered: Mapping[str, Lowered], engine: EngineResult | None, folder: Path
 ) -> Report:
     """Outputs, layers and metrics of everything that can run here, against the float model."""
     program.memory.settle()
     rounded = lowered.get("trt")
     if rounded is None or rounded.graph is rounded.simulated:
-        return _judge(program, recipe, lowered, engine, folder, progress)
+        return _judge(program, recipe, lowered, engine, folder)
     # The file is held to its graph without the rounding to 16 bits that `simulated` has.
     with in_float32(rounded) as trt:
-        report = _judge(program, recipe, {**lowered, "trt": trt}, engine, folder, progress)
+        report = _judge(program, recipe, {**lowered, "trt": trt}, engine, folder)
     parity = dict(report.parity)
     if recipe.dtype != "bfloat16":  # for which onnxruntime has few kernels
         one, other = eager_session(program, rounded.simulated), OnDemand(OnnxRuntime(optimize=False), rounded.artifact)
@@ -74,12 +69,7 @@ def cast_alone(program: Program, dtype: Dtype) -> OutputFigures:
 
 
 def _judge(
-    program: Program,
-    recipe: Recipe,
-    lowered: Mapping[str, Lowered],
-    engine: EngineResult | None,
-    folder: Path,
-    progress: Progress,
+    program: Program, recipe: Recipe, lowered: Mapping[str, Lowered], engine: EngineResult | None, folder: Path
 ) -> Report:
     main = lowered.get("onnx") or next(iter(lowered.values()))
     reference = eager_session(program, program.reference)
@@ -112,17 +102,16 @@ def _judge(
     batches = program.calibration.holdout
     sums: dict[str, dict[str, Sums]] = {name: {} for name in sessions}
     outputs: dict[str, OutputFigures] = {
-        name: compare_outputs(reference, session, batches, sums[name]) for name, session in sessions.items()
+        name: compare_outputs(reference, session, steps(program.on_step, name, batches, len(batches)), sums[name])
+        for name, session in sessions.items()
     }
     layer_sums: dict[str, Sums] = {}
-    layers = compare_layers(
-        program, main, kernels, lambda done, total: progress.step("layers", done, total), layer_sums
-    )
+    layers = compare_layers(program, main, kernels, layer_sums)
     program.memory.settle()
     if roomy:
-        noises = measure_stages(program, lowered, lambda done, total: progress.step("stages", done, total), runtime)
+        noises = measure_stages(program, lowered, runtime)
         layers = with_stages(layers, noises)
-    layers = explain(layers, gather(program, lambda done, total: progress.step("causes", done, total)), folded)
+    layers = explain(layers, gather(program), folded)
     return Report(
         model={},
         recipe={},
@@ -132,7 +121,10 @@ def _judge(
         layers=layers,
         outputs=outputs,
         histograms=layer_histograms(program, main, worth_a_look(layers)),
-        parity={name: compare_outputs(one, other, batches) for name, (one, other) in parity.items()},
+        parity={
+            name: compare_outputs(one, other, steps(program.on_step, f"parity, {name}", batches, len(batches)))
+            for name, (one, other) in parity.items()
+        },
         metrics=evaluate_metrics(recipe.eval, {"reference": reference, **sessions}),
         sample_sums=AllSums(sums, layer_sums),
     )

@@ -16,7 +16,7 @@ import json
 import math
 import struct
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 from torch.export.pt2_archive import _package as archives
 
+from exporter.progress import steps
+from passes.base import silent_step
 from passes.memory import map_file, own_storage, release
 
 DTYPES = {
@@ -81,7 +83,12 @@ def map_safetensors(path: Path) -> dict[str, Tensor]:
     return {name: _tensor(content, name, entry) for name, entry in entries.items() if name != "__metadata__"}
 
 
-def save_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def save_safetensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    on_step: Callable[[str, int, int], None] = silent_step,
+) -> None:
     """Write a safetensors file tensor by tensor, mapped ones given back one by one; the bytes are the library's own.
 
     Tensors lie by type, widest first as in ORDER, then by name. They must be on the CPU and contiguous.
@@ -98,7 +105,7 @@ def save_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappin
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        for name in names:
+        for name in steps(on_step, path.name, names, len(names)):
             if tensors[name].numel():
                 file.write(tensors[name].detach().view(-1).view(torch.uint8).numpy().data)
             release([tensors[name]])

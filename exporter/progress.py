@@ -4,7 +4,7 @@ import contextlib
 import datetime
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import Protocol, Self, TypeVar
 
@@ -35,12 +35,14 @@ class Progress(Protocol):
         """What is being done inside the step."""
 
 
-def steps(on_step: Callable[[str, int, int], None], text: str, work: Sequence[Unit]) -> Iterator[Unit]:
-    """The units of work in order; `on_step` is told of each as it begins, and of the end."""
-    for done, unit in enumerate(work):
-        on_step(text, done, len(work))
+def steps(
+    on_step: Callable[[str, int, int], None], text: str, work: Iterable[Unit], total: int, start: int = 0
+) -> Iterator[Unit]:
+    """The units of work; `on_step` is told, first and after each, how many of `total` are over, from `start` on."""
+    on_step(text, start, total)
+    for done, unit in enumerate(work, start + 1):
         yield unit
-    on_step(text, len(work), len(work))
+        on_step(text, done, total)
 
 
 class Silent:

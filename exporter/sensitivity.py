@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from exporter.metrics import Comparison
+from exporter.progress import steps
 from exporter.report import LayerSensitivity
 from exporter.validate import evaluate_metrics, layer_batches, own_output
 from passes.base import Program
@@ -33,9 +34,7 @@ Compute = Callable[[Values], Tensor]
 """A layer's output from the values in front of it."""
 
 
-def measure_sensitivity(
-    program: Program, spec: str | None, progress: Callable[[str, int, int], None]
-) -> tuple[LayerSensitivity, ...]:
+def measure_sensitivity(program: Program, spec: str | None) -> tuple[LayerSensitivity, ...]:
     """Every quantized layer on the held-out samples, the most sensitive first; `spec` is that of --eval."""
     twin = program.float_twin or program.graph
     twins = {layer.name: layer for layer in find_layers(twin)}
@@ -48,18 +47,16 @@ def measure_sensitivity(
         {name: WorstOutput() for name in layers},
         {name: WorstOutput() for name in layers},
     )
-    for done, batch in enumerate(batches):
-        progress("sensitivity", done, len(batches))
+    for index, batch in enumerate(batches):
         floats, reference = run_all(twin, batch)
         values, outputs = run_all(program.graph, batch)
         network.add(reference, outputs)
-        for name in layers:
+        for name in steps(program.on_step, "layers", layers, len(batches) * len(layers), index * len(layers)):
             of_alone[name].add(reference, run_from(twin, floats, *alone[name]))
             of_without[name].add(reference, run_from(program.graph, values, *without[name]))
     metrics: dict[str, dict[str, dict[str, float | None]]] = {name: {} for name in layers}
     if spec is not None:
-        for done, name in enumerate(layers):
-            progress("sensitivity of the metric", done, len(layers))
+        for name in steps(program.on_step, "metrics", layers, len(layers)):
             sessions = {
                 "alone": Variant(program, twin, dict([alone[name]])),
                 "without": Variant(program, program.graph, dict([without[name]])),

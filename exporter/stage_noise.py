@@ -23,7 +23,7 @@ graph is written out and run as it stands, and a layer is compared at the first 
 
 import dataclasses
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from exporter.evidence import channel_axis, few_batches
 from exporter.lowering.lowered import Lowered
 from exporter.lowering.ops import MARK
 from exporter.metrics import Comparison, decibels
+from exporter.progress import steps
 from exporter.stages import DIALECT, LOWERING, QUANTIZATION, RUNTIME, Noises
 from exporter.validate import arrays, run_layers, run_marks
 from passes.base import Program
@@ -90,7 +91,6 @@ class _Sums:
 def measure_stages(
     program: Program,
     lowered: Mapping[str, Lowered],
-    progress: Callable[[int, int], None] = lambda done, total: None,
     runtime: OnnxRuntime | None = None,
 ) -> dict[str, Noises]:
     """{layer: its noises} on a few held-out samples; `runtime` (default: the CPU) is what runs the ONNX target."""
@@ -110,8 +110,7 @@ def measure_stages(
     with tempfile.TemporaryDirectory() as folder:
         files = {name: _File(entry, Path(folder) / name) for name, entry in lowered.items()}
         optimized = _Optimized(main, runtime or OnnxRuntime(), Path(folder)) if "onnx" in lowered else None
-        for index, batch in enumerate(batches):
-            progress(index, len(batches))
+        for batch in steps(program.on_step, "stages", batches, len(batches)):
             floats, _ = run_layers(twin, twins, batch)
             forced = run_forced(main.simulated, batch, floats)
             add(QUANTIZATION, floats, forced, run_marks(main.simulated, batch))

@@ -13,7 +13,7 @@ weights, as they were before the first quantizing pass.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from exporter.load import resolve_callable
 from exporter.lockstep import InStep, float_layers, marked_layers
 from exporter.lowering.lowered import Lowered, LoweredLayer
 from exporter.metrics import Comparison, Figures, sqnr_db
+from exporter.progress import steps
 from exporter.report import LayerDiff, LayerSqnr, Sums
 from exporter.sample_sums import LAYER_BLOCKS, OUTPUT_BLOCKS, SampleSums
 from passes.base import Program
@@ -58,7 +59,7 @@ def eager_session(program: Program, graph: fx.GraphModule) -> EagerSession:
 
 
 def compare_outputs(
-    reference: Session, value: Session, batches: Sequence[Batch], sums: dict[str, Sums] | None = None
+    reference: Session, value: Session, batches: Iterable[Batch], sums: dict[str, Sums] | None = None
 ) -> OutputFigures:
     """Figures of every output over the batches; into `sums`, where given, go those of its samples."""
     comparisons = {name: Comparison() for name in reference.outputs}
@@ -100,7 +101,6 @@ def compare_layers(
     program: Program,
     lowered: Lowered,
     kernels: Mapping[str, str | None],
-    progress: Callable[[int, int], None],
     sums: dict[str, Sums] | None = None,
 ) -> tuple[LayerDiff, ...]:
     """Every layer with a weight: how it is stored and how far its output is from the float twin's.
@@ -111,36 +111,29 @@ def compare_layers(
     twins = {layer.name: layer for layer in find_layers(twin)}
     quantized = {layer.name: layer for layer in find_layers(program.graph)}
     found = {name: _LayerComparison() for name in quantized if name in twins}
-    _run_networks(program, lowered, found, progress)
+    _run_networks(program, lowered, found)
     program.memory.settle()
     if sums is not None:
         sums |= {name: comparison.sums.blocks(LAYER_BLOCKS) for name, comparison in found.items()}
     stored = {layer.name: layer for layer in lowered.layers}
     return tuple(
         _layer_diff(program, twin, twins[name], quantized[name], comparison, stored.get(name), kernels.get(name))
-        for name, comparison in found.items()
+        for name, comparison in steps(program.on_step, "weights", found.items(), len(found))
     )
 
 
-def _run_networks(
-    program: Program,
-    lowered: Lowered,
-    found: Mapping[str, _LayerComparison],
-    progress: Callable[[int, int], None],
-) -> None:
+def _run_networks(program: Program, lowered: Lowered, found: Mapping[str, _LayerComparison]) -> None:
     """Add every layer of `found` in the networks, which advance side by side, to its comparison."""
     twin = program.float_twin or program.graph
-    twins = {layer.name: layer for layer in find_layers(twin)}
+    twins = {layer.name: layer for layer in find_layers(twin) if layer.name in found}
     quantized = {layer.name: layer for layer in find_layers(program.graph)}
     batches = layer_batches(program)
     file = NodeByNode(lowered.artifact, lowered.taps.values())
     for index, batch in enumerate(batches):
-        progress(index, len(batches))
         written = InStep(tapped_layers(file, lowered.taps, batch))
         simulated, plain = (InStep(marked_layers(graph, batch)) for graph in (lowered.simulated, lowered.graph))
-        for name, (value, expected) in float_layers(twin, twins, batch):
-            if name not in found:
-                continue
+        layers, total = float_layers(twin, twins, batch), len(batches) * len(twins)
+        for name, (value, expected) in steps(program.on_step, "layers", layers, total, index * len(twins)):
             comparison, in_network, in_file = found[name], simulated.take(name), written.take(name)
             comparison.own.add(expected, own_output(program.graph, quantized[name], value).numpy())
             comparison.accumulated.add(expected, in_network)

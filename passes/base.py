@@ -90,7 +90,7 @@ class LayerRule:
     options: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
 
-def silent_step(layer: str, done: int, total: int) -> None:
+def silent_step(text: str, done: int, total: int) -> None:
     """The default of Program.on_step."""
 
 
@@ -111,7 +111,7 @@ class Program:
     memory         where results and waiting activations are kept
     cache          finished layers of this run and of one that was stopped, if they are kept
     ranks          the processes that work on this program together
-    on_step        told (layer, work done, work in all), in units of its own, by passes that take long
+    on_step        told (what is next, work done, work in all), in units of its own, by whatever takes long
     on_part        told what a pass is at inside a step that takes long
     """
 

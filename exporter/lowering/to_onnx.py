@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor, fx
 
 from exporter.lowering.ops import DOMAIN, TRANSLATIONS
+from exporter.progress import steps
+from passes.base import silent_step
 from passes.calibration import Batch
 from passes.graph import inputs_of
 from passes.memory import Memory, release, release_array
@@ -205,7 +207,11 @@ class Dialect(abc.ABC):
 
 
 def expand(
-    model: ir.Model, dialect: Dialect, weights: Mapping[str, QuantWeight], memory: Memory | None = None
+    model: ir.Model,
+    dialect: Dialect,
+    weights: Mapping[str, QuantWeight],
+    memory: Memory,
+    on_step: Callable[[str, int, int], None],
 ) -> dict[str, str]:
     """Replace every neutral node in place; returns {layer: name of the value that holds its output}.
 
@@ -219,9 +225,9 @@ def expand(
     }
     quantizers = {"FakeQuantize": dialect.fake_quantize, "FakeQuantizeDynamic": dialect.fake_quantize_dynamic}
     _make_room(model)
-    _expand(model, layers, weights, memory)
+    _expand(model, layers, weights, memory, on_step)
     _remove_unread(model)
-    _expand(model, quantizers, weights, memory)
+    _expand(model, quantizers, weights, memory, on_step)
     marks: dict[str, ir.Value] = {}
     for node in _neutral(model, "Mark"):
         source = node.inputs[0]
@@ -243,9 +249,11 @@ def _expand(
     model: ir.Model,
     expansions: Mapping[str, Callable[[Builder, Node], ir.Value]],
     weights: Mapping[str, QuantWeight],
-    memory: Memory | None,
+    memory: Memory,
+    on_step: Callable[[str, int, int], None],
 ) -> None:
-    for node in _neutral(model, *expansions):
+    nodes = _neutral(model, *expansions)
+    for node in steps(on_step, "nodes", nodes, len(nodes)):
         scope = node.attributes["name"].as_string() if "name" in node.attributes else str(node.name)
         builder = Builder(model, scope.removeprefix("node_"), memory)
         result = expansions[node.op_type](builder, Node(node, weights))
@@ -305,21 +313,24 @@ def _clean(model: ir.Model) -> None:
             value.metadata_props.clear()
 
 
-def save(model: ir.Model, path: Path) -> None:
+def save(model: ir.Model, path: Path, on_step: Callable[[str, int, int], None] = silent_step) -> None:
     """Write the model; weights past EXTERNAL_DATA_ABOVE go one by one into `<path>.data` beside it."""
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
     if size <= EXTERNAL_DATA_ABOVE:
         ir.save(model, path)
         return
+    data = f"{path.name}.data"
     written: list[ir.TensorProtocol] = []
 
-    def let_go(tensor: ir.TensorProtocol, info: object) -> None:
+    def before_next(tensor: ir.TensorProtocol, info: ir.external_data.CallbackInfo) -> None:
+        on_step(data, info.index, info.total)
         for before in written:
             release_array(raw_of(before))
         written[:] = [tensor]
 
     # One worker writes in order; more would hold as many tensors at once.
-    ir.save(model, path, external_data=f"{path.name}.data", callback=let_go, max_workers=1)
+    ir.save(model, path, external_data=data, callback=before_next, max_workers=1)
+    on_step(data, 1, 1)
 
 
 def raw_of(tensor: ir.TensorProtocol) -> Array:

@@ -158,10 +158,13 @@ def test_few_samples_are_enough():
     assert sum(len(batch["x"]) for batch in few_batches(many)) == SAMPLES
 
 
-def test_progress_counts_batches():
-    seen: list[tuple[int, int]] = []
-    gather(program(RTN()), lambda done, total: seen.append((done, total)))
-    assert seen == [(0, 2), (1, 2)]
+def test_progress_counts_quantized_layers_in_small_batches():
+    found = program(RTN(), rules=(LayerRule("one", skip=True),))
+    seen: dict[str, list[int]] = {}
+    found.on_step = lambda text, done, total: seen.setdefault(f"{text} of {total}", []).append(done)
+    gather(found)
+    # 16 samples are 2 batches, and 2 of the 3 layers are quantized
+    assert seen == {"causes of 4": [0, 1, 2, 2, 3, 4], "causes in weights of 2": [0, 1, 2]}
 
 
 def test_an_embedding_has_no_input_channels():

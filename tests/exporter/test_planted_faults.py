@@ -17,7 +17,6 @@ from exporter.backends.onnx_qdq.lower import OnnxBackend
 from exporter.backends.tensorrt.lower import TensorRTBackend
 from exporter.judge import judge_all
 from exporter.lowering.lowered import Lowered
-from exporter.progress import Silent
 from exporter.recipe import Recipe
 from exporter.render.markdown import render
 from exporter.report import Report
@@ -117,7 +116,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Good:
 def judge(good: Good, lowered: dict[str, Lowered] | None = None) -> Report:
     """What validation says of a program and its files."""
     files = lowered or good.lowered
-    report = judge_all(good.program, Recipe(threads=1), files, None, files["onnx"].artifact.model.parent, Silent())
+    report = judge_all(good.program, Recipe(threads=1), files, None, files["onnx"].artifact.model.parent)
     return dataclasses.replace(report, model={"name": "net"})
 
 

@@ -55,7 +55,7 @@ def output_sqnr(found: Program) -> float:
 
 @functools.cache
 def measured(spec: str | None = None) -> dict[str, LayerSensitivity]:
-    return {layer.name: layer for layer in measure_sensitivity(program(), spec, lambda text, done, total: None)}
+    return {layer.name: layer for layer in measure_sensitivity(program(), spec)}
 
 
 def test_the_most_sensitive_layer_comes_first() -> None:
@@ -86,7 +86,7 @@ def test_gain_is_against_the_quantized_network() -> None:
 def test_it_is_deterministic_and_leaves_the_program_alone() -> None:
     found = program()
     before = str(found.graph.graph)
-    first, second = (measure_sensitivity(found, None, lambda text, done, total: None) for _ in range(2))
+    first, second = (measure_sensitivity(found, None) for _ in range(2))
     assert first == second
     assert str(found.graph.graph) == before
 

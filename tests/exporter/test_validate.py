@@ -48,7 +48,7 @@ def build(folder: Path, *passes: Pass, rules: tuple[LayerRule, ...] = ()) -> Com
 
 def layers(result: Compiled) -> dict[str, LayerDiff]:
     """Every layer's figures."""
-    diffs = compare_layers(result.program, result.lowered, result.kernel_of, lambda done, total: None)
+    diffs = compare_layers(result.program, result.lowered, result.kernel_of)
     return {diff.name: diff for diff in diffs}
 
 
@@ -128,10 +128,14 @@ def test_what_block_kernels_add_counts_as_quantization(tmp_path: Path) -> None:
     assert found["one"].accumulated < found["one"].onnxruntime - 0.5
 
 
-def test_progress_counts_small_batches(result: Compiled) -> None:
-    seen: list[tuple[int, int]] = []
-    compare_layers(result.program, result.lowered, {}, lambda done, total: seen.append((done, total)))
-    assert seen == [(0, 3), (1, 3), (2, 3)]
+def test_progress_counts_layers_in_small_batches(result: Compiled) -> None:
+    seen: dict[str, list[int]] = {}
+    result.program.on_step = lambda text, done, total: seen.setdefault(f"{text} of {total}", []).append(done)
+    compare_layers(result.program, result.lowered, {})
+    assert seen == {
+        "layers of 12": [0, 1, 2, 3, 4, 4, 5, 6, 7, 8, 8, 9, 10, 11, 12],  # 20 samples are 3 batches, 4 layers each
+        "weights of 4": [0, 1, 2, 3, 4],
+    }
 
 
 def test_outputs_are_compared_over_all_batches(result: Compiled) -> None:

@@ -52,17 +52,17 @@ class OnnxBackend(Backend):
         fused = fuse(program, block_quantizes_input=True, requantize_conv=True)
         if fused.refused:
             raise LoweringError(self.name, fused.refused)
-        example = program.calibration.example()
+        example = program.calibration.example(program.dynamic)
         quantize_before_activation(fused.graph)
         wanted = {name: self._wanted(program, name) for name in fused.weights}
         forms = choose_forms(fused.graph, fused.weights, wanted)
         round_again(fused.graph, fused.weights, forms)
         model = export(fused.graph, example, program.dynamic, program.output_names)
         dialect = OnnxRuntimeDialect(forms)
-        taps = expand(model, dialect, fused.weights, program.memory)
+        taps = expand(model, dialect, fused.weights, program.memory, program.on_step)
         keep_float(model)
         path = folder / "model.onnx"
-        save(model, path)
+        save(model, path, program.on_step)
         inputs = tuple(str(node.target) for node in inputs_of(fused.graph))
         artifact = Artifact("onnxruntime", path, inputs, program.output_names)
         simulated = simulate_kernels(fused.graph, fused.weights, forms)

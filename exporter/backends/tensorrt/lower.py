@@ -90,7 +90,7 @@ class TensorRTBackend(Backend):
             written = cast(found, dtype, memory=program.memory)
             graph = cast(found, dtype, hold=torch.float32, memory=program.memory)
             weights = {name: rounded_weight(weight, dtype) for name, weight in weights.items()}
-        model = export(written, program.calibration.example(), program.dynamic, program.output_names)
+        model = export(written, program.calibration.example(program.dynamic), program.dynamic, program.output_names)
         float_softmax(model)
         compact = frozenset(
             name for name in weights if program.options_for(name).get("weights_as", self.weights_as) == "compact"
@@ -98,8 +98,8 @@ class TensorRTBackend(Backend):
         profiles = {**choose_profiles(program), **self.profiles}
         largest = largest_axes(program.dynamic, profiles)
         dialect = PluginDialect(compact, largest) if self.plugins else TensorRTDialect(compact, largest)
-        taps = expand(model, dialect, weights, program.memory)
-        save(model, folder / MODEL)
+        taps = expand(model, dialect, weights, program.memory, program.on_step)
+        save(model, folder / MODEL, program.on_step)
         inputs = tuple(str(node.target) for node in inputs_of(graph))
         layers, kernels = tuple(dialect.layers), KernelFiles({}, {})
         if isinstance(dialect, PluginDialect):

@@ -120,7 +120,7 @@ def test_the_checkpoint_holds_the_floats(tmp_path: Path) -> None:
 
 
 def test_the_report_knows_their_width_and_that_nothing_is_clipped() -> None:
-    for evidence in gather(quantized(linear(), *FP8), lambda done, total: None).values():
+    for evidence in gather(quantized(linear(), *FP8)).values():
         assert (evidence.weight_bits, evidence.input_bits) == (8, 8)
         assert evidence.weight_clipped == 0
         # The range is that of inputs behind quantized layers; one of the 6144 behind float ones lies beyond.
