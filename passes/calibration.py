@@ -33,10 +33,12 @@ class Calibration:
     holdout: tuple[Batch, ...]
     source: str
 
-    def example(self) -> Batch:
-        """A batch whose axis 0 is at least 2 long, as torch.export wants of an axis that stays free."""
-        first = self.batches[0]
-        return {name: value if value.shape[0] != 1 else value.repeat_interleave(2, 0) for name, value in first.items()}
+    def example(self, dynamic: Mapping[str, Mapping[int, str]]) -> Batch:
+        """A batch; an axis 0 that stays free, as `dynamic` says (Program), is at least 2 long: torch.export wants it."""
+        return {
+            name: value.repeat_interleave(2, 0) if 0 in dynamic.get(name, {}) and len(value) == 1 else value
+            for name, value in self.batches[0].items()
+        }
 
 
 class Stream:

@@ -126,12 +126,13 @@ def test_nothing_here_records_gradients() -> None:
     assert not stream.peek(last.node)[0].requires_grad
 
 
-def test_an_example_has_two_samples_at_least() -> None:
-    single = {"x": torch.ones(1, 3), "mask": torch.zeros(1)}
-    example = Calibration((single,), (), "x").example()
-    assert {name: tuple(value.shape) for name, value in example.items()} == {"x": (2, 3), "mask": (2,)}
+def test_an_example_has_two_samples_at_least_where_their_number_is_free() -> None:
+    single = {"x": torch.ones(1, 3), "mask": torch.zeros(1), "table": torch.ones(1, 4)}
+    free = {"x": {0: "batch", 1: "length"}, "mask": {0: "batch"}, "table": {1: "length"}}
+    example = Calibration((single,), (), "x").example(free)
+    assert {name: tuple(value.shape) for name, value in example.items()} == {"x": (2, 3), "mask": (2,), "table": (1, 4)}
     several = {"x": torch.ones(5, 3)}
-    assert Calibration((several,), (), "x").example()["x"].shape == (5, 3)
+    assert Calibration((several,), (), "x").example({"x": {0: "batch"}})["x"].shape == (5, 3)
 
 
 def test_cut_keeps_order_and_every_sample() -> None:

@@ -491,6 +491,15 @@ def test_the_format_is_one_that_onnxruntime_loads(mixed: Compiled) -> None:
     assert {node.domain for node in mixed.model.graph.node} == {""}
 
 
+def test_one_sample_stays_one_where_the_number_is_fixed(tmp_path: Path) -> None:
+    network = seeded(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 4 * 4, 10)))
+    batch = {"input": torch.randn(1, 3, 6, 6, generator=torch.Generator().manual_seed(0))}
+    fixed = compiled(quantized(program_of(network, batch, dynamic={}), RTN(bits=8)), tmp_path)
+    assert labels(fixed.model) == {"input": (1, 3, 6, 6), "output": (1, 10)}
+    values = fixed.outputs(batch)
+    assert sqnr(values.plain, values.unoptimized) >= SAME
+
+
 def test_free_axes_stay_free(mixed: Compiled) -> None:
     assert labels(mixed.model) == {"ids": ("batch", "seq"), "output": ("batch", "seq", 50)}
     for size in ((1, 1), (2, 30)):
