@@ -108,6 +108,7 @@ class RichProgress:
             transient=True,
         )
         self._task: TaskID | None = None
+        self._stage = ""
         self._started = 0.0
         self._first_step: float | None = None
         self._step = ""
@@ -125,16 +126,19 @@ class RichProgress:
         """Show the stage in place of the one before it."""
         if self._task is not None:
             self._bars.remove_task(self._task)
-        self._started, self._first_step = time.monotonic(), None
+        self._stage, self._started, self._first_step = name, time.monotonic(), None
         self._task = self._bars.add_task(name, total=None, text="", end=None)
 
     def step(self, text: str, done: int, total: int) -> None:
-        """Move the stage's bar."""
+        """Move the stage's bar; when the work is over, what else the stage does has no end in sight."""
+        if done >= total:
+            self.stage(self._stage)
+            return
         now = time.monotonic()
         if not done or self._first_step is None:
             self._first_step = now  # what took no time, as it was kept, is not work done
         if self._task is not None and (done or now - self._started > PATIENCE_S):
-            end = now + (now - self._first_step) / done * (total - done) if 0 < done < total else None
+            end = now + (now - self._first_step) / done * (total - done) if done else None
             self._bars.update(self._task, completed=done, total=total, text=text, end=end)
         self._step = text
 

@@ -74,6 +74,23 @@ def test_a_terminal_gets_the_part_of_a_long_step_and_keeps_its_estimate(monkeypa
     assert "0:01:20 left" in written  # 100 seconds a step, 20 of the second are gone
 
 
+def test_a_terminal_sees_that_a_stage_goes_on_after_its_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    with RichProgress(Console(file=io.StringIO(), force_terminal=True, width=100)) as bars:
+        bars.stage("validate")
+        for done in range(5):
+            now += 10.0
+            bars.step("layers", done, 4)
+        (task,) = bars._bars.tasks
+        assert (task.description, task.total, task.fields["text"], task.fields["end"]) == ("validate", None, "", None)
+        assert not task.finished
+        now += 10.0
+        bars.step("weights", 1, 4)
+        (task,) = bars._bars.tasks
+        assert (task.completed, task.total, task.fields["text"]) == (1, 4, "weights")
+
+
 def test_a_terminal_gets_the_time_left_by_the_work_that_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr(progress.time, "monotonic", lambda: now)
