@@ -1,16 +1,17 @@
 """`qexport bench OUT`: the artifact's latency and throughput beside the network in float.
 
-Both run in onnxruntime in one process, in turns, so that whatever else the machine does slows both; the figures are
-medians, and the ratio is what to quote. The float network is a file of the user's, or the artifact's own graph with
-float weights and without rounding: what passes added to it (caps per channel of `cle`) is in both.
+Both run in one process, in turns, so that whatever else the machine does slows both; the figures are medians, and the
+ratio is what to quote. An ONNX file is timed beside a file of the user's or its own graph in float
+(`exporter.bench_onnx`), a TensorRT engine beside an engine of the float network (`exporter.bench_engine`). What is
+timed is the network: where it runs on a GPU, its inputs and outputs are there and stay there.
 """
 
 import dataclasses
 import statistics
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -18,13 +19,13 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from exporter.backends.tensorrt.build import Flavor
+from exporter.bench_engine import engine_pair, find_engine, holds_engine
+from exporter.bench_onnx import onnx_pair
 from exporter.errors import InputError
-from exporter.float_twin import make_float
-from exporter.lowering.to_onnx import save
-from exporter.render.text import plural
+from exporter.render.text import ran_in
 from exporter.report_files import add_latency
-from runtimes.base import Array, Artifact, RuntimeFault, Session
-from runtimes.ort import OnnxRuntime
+from runtimes.base import Array, RuntimeFault, Session
 
 MODEL = "model.onnx"
 WARM_UP = 3
@@ -46,50 +47,49 @@ class Timing:
 
 @dataclasses.dataclass(frozen=True)
 class BenchResult:
-    """What was measured and how."""
+    """What was measured and how. `runtime` is onnxruntime or the engine's flavor, which has no `threads`."""
 
     timings: tuple[Timing, ...]
-    threads: int
+    runtime: Literal["onnxruntime"] | Flavor
+    threads: int | None
     rounds: int
 
 
 def bench(
-    out: Path, *, batches: Sequence[int], length: int, threads: int, rounds: int, float_model: Path | None = None
+    out: Path,
+    *,
+    batches: Sequence[int],
+    length: int,
+    threads: int,
+    rounds: int,
+    float_model: Path | None = None,
+    trt_flavor: Literal["auto"] | Flavor = "auto",
 ) -> BenchResult:
-    """Time OUT/model.onnx beside `float_model` (ONNX, same inputs) or its float twin, with each size of `batches`.
+    """Time OUT's artifact beside `float_model` (of the same kind and inputs), with each size of `batches`.
 
-    The result goes into OUT's timings.json and report.html too, where OUT has a report.
+    OUT/model.onnx is timed, without `float_model` beside its float twin; or, where there is none or `float_model` is an
+    engine, OUT's engine, with the TensorRT of `trt_flavor` (auto: the one that built it). The result goes into OUT's
+    timings.json and report.html too, where OUT has a report.
 
     `length` is the size of free axes other than the first. A model whose first axis is fixed is timed at that size.
-    Raises InputError when there is no model, or one does not take inputs of that length.
+    Raises InputError when there is no artifact, nothing to compare it with, or one does not take inputs of that length,
+    and TargetError when the engine cannot be run on this machine.
     """
-    path = out / MODEL
-    if not path.is_file():
-        raise InputError(f"has no {MODEL}", where=str(out), fix="give a folder made with --target onnx")
+    wanted = holds_engine(out) or (float_model is not None and holds_engine(float_model))
+    engine = find_engine(out, trt_flavor) if wanted else None
+    graph = _graph(engine.graph if engine else out / MODEL)
+    pair = engine_pair(engine, graph, float_model) if engine else onnx_pair(out / MODEL, graph, float_model, threads)
     try:
-        model = ir.load(path)
-    except Exception as error:  # protobuf's and onnx-ir's errors have no common kind
-        raise InputError(f"{MODEL} is damaged: {type(error).__name__}", where=str(out)) from error
-    inputs = tuple(str(value.name) for value in model.graph.inputs)
-    outputs = tuple(str(value.name) for value in model.graph.outputs)
-    feeds = {batch: _feeds(model, batch, length) for batch in batches}
-    sizes = {len(next(iter(values.values()))): values for values in feeds.values()}
-    runtime = OnnxRuntime(threads=threads)
-    with tempfile.TemporaryDirectory() as folder:
-        twin = float_model
-        if twin is None:
-            twin = Path(folder) / MODEL
-            if not make_float(model):
-                raise InputError("computes in float: nothing to compare", where=str(path), fix="give --float")
-            save(model, twin)
-        try:
-            pair = [runtime.load(Artifact("onnxruntime", file, inputs, outputs)) for file in (twin, path)]
-            timings = tuple(_time(pair, batch, values, rounds) for batch, values in sizes.items())
-        except RuntimeFault as fault:
-            fix = fault.fix or "does the model take inputs of this size? give --batch and --length"
-            raise InputError(fault.what, where=str(out), fix=fix) from fault
-    result = BenchResult(timings, threads, rounds)
-    add_latency(out, dataclasses.asdict(result))
+        with pair as sessions:
+            timings = tuple(_time(sessions, feeds, rounds) for feeds in _feeds_by_size(graph, batches, length).values())
+    except RuntimeFault as fault:
+        fix = fault.fix or "does the model take inputs of this size? give --batch and --length"
+        raise InputError(fault.what, where=str(out), fix=fix) from fault
+    if engine:
+        result = BenchResult(timings, engine.flavor, None, rounds)
+    else:
+        result = BenchResult(timings, "onnxruntime", threads, rounds)
+    add_latency(engine.file.parent if engine else out, dataclasses.asdict(result))
     return result
 
 
@@ -107,20 +107,40 @@ def render(result: BenchResult) -> RenderableType:
             f"{timing.batch / timing.quantized_s:.1f}",
             f"{timing.ratio:.2f}",
         )
-    threads = plural(result.threads, "thread") if result.threads else "onnxruntime's own number of threads"
-    how = f"\nmedians of {result.rounds} runs of each in turns, {threads}"
+    how = f"\nmedians of {result.rounds} runs of each in turns, {ran_in(result.runtime, result.threads)}"
     return Group(table, Text(how, style="dim"))
 
 
-def _time(pair: Sequence[Session], batch: int, feeds: Mapping[str, Array], rounds: int) -> Timing:
+def _time(pair: tuple[Session, Session], feeds: Mapping[str, Array], rounds: int) -> Timing:
     seconds: tuple[list[float], list[float]] = ([], [])
-    for turn in range(rounds + WARM_UP):
-        for session, times in zip(pair, seconds, strict=True):
-            started = time.perf_counter()
-            session.run(feeds)
-            if turn >= WARM_UP:
-                times.append(time.perf_counter() - started)
-    return Timing(batch, *(statistics.median(times) for times in seconds))
+    with pair[0].prepared(feeds) as run_float, pair[1].prepared(feeds) as run_quantized:
+        for turn in range(rounds + WARM_UP):
+            for run, times in zip((run_float, run_quantized), seconds, strict=True):
+                started = time.perf_counter()
+                run()
+                if turn >= WARM_UP:
+                    times.append(time.perf_counter() - started)
+    return Timing(_samples(feeds), *(statistics.median(times) for times in seconds))
+
+
+def _graph(path: Path) -> ir.Model:
+    """The artifact's graph in ONNX: it says what the inputs and outputs are."""
+    if not path.is_file():
+        raise InputError(f"has no {path.name}", where=str(path.parent), fix="give an output folder of qexport")
+    try:
+        return ir.load(path)
+    except Exception as error:  # protobuf's and onnx-ir's errors have no common kind
+        raise InputError(f"{path.name} is damaged: {type(error).__name__}", where=str(path.parent)) from error
+
+
+def _feeds_by_size(model: ir.Model, batches: Sequence[int], length: int) -> dict[int, dict[str, Array]]:
+    """{samples: feeds}; a model whose first axis is fixed has one size."""
+    feeds = [_feeds(model, batch, length) for batch in batches]
+    return {_samples(values): values for values in feeds}
+
+
+def _samples(feeds: Mapping[str, Array]) -> int:
+    return len(next(iter(feeds.values())))
 
 
 def _feeds(model: ir.Model, batch: int, length: int) -> dict[str, Array]:

@@ -12,7 +12,7 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -230,21 +230,46 @@ def build_command(
 @cli.command("bench")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
-    "--float", "float_model", type=click.Path(path_type=Path), metavar="FILE", help="The model in float, ONNX."
+    "--float",
+    "float_model",
+    type=click.Path(path_type=Path),
+    metavar="PATH",
+    help="The model in float: ONNX or an engine, its file or output folder. An engine needs it.",
 )
 @click.option("--batch", "batches", multiple=True, type=click.IntRange(min=1), metavar="N", help="Samples at once.")
 @click.option("--length", type=click.IntRange(min=1), default=128, show_default=True, help="Of other free axes.")
 @click.option("--threads", type=click.IntRange(min=0), default=1, show_default=True, help="0: onnxruntime decides.")
+@click.option(
+    "--trt-flavor",
+    type=click.Choice(["auto", "tensorrt", "rtx"]),
+    default="auto",
+    help="Which TensorRT runs an engine; auto: the one that built it.",
+)
 @click.option("--rounds", type=click.IntRange(min=3), default=30, show_default=True, help="Runs of each, in turns.")
 @as_json
 def bench_command(
-    out: Path, float_model: Path | None, batches: tuple[int, ...], length: int, threads: int, rounds: int, as_json: bool
+    out: Path,
+    float_model: Path | None,
+    batches: tuple[int, ...],
+    length: int,
+    threads: int,
+    trt_flavor: Literal["auto", "tensorrt", "rtx"],
+    rounds: int,
+    as_json: bool,
 ) -> None:
     """Latency and throughput of the artifact beside the same network in float, in one run, as a ratio."""
     from exporter.bench import bench, render
 
     sizes = batches or (1, 32)
-    measured = bench(out, batches=sizes, length=length, threads=threads, rounds=rounds, float_model=float_model)
+    measured = bench(
+        out,
+        batches=sizes,
+        length=length,
+        threads=threads,
+        rounds=rounds,
+        float_model=float_model,
+        trt_flavor=trt_flavor,
+    )
     if as_json:
         echo_json(measured)
     else:

@@ -3,7 +3,8 @@
 timings.json holds what differs from one run to the next, and only report.html shows it:
 
     seconds   {stage: seconds} of the compilation
-    latency   {threads, rounds, timings: [{batch, float_s, quantized_s}]} of `qexport bench`, where it was run
+    latency   {runtime, threads, rounds, timings: [{batch, float_s, quantized_s}]} of `qexport bench`, where it was
+              run; runtime is onnxruntime, tensorrt or rtx, and only the first has threads
 """
 
 import json

@@ -9,7 +9,8 @@ import contextlib
 import ctypes
 import dataclasses
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from math import prod
 from typing import Any, Literal
 
 import numpy as np
@@ -31,6 +32,11 @@ class Driver:
         self._call("cuInit", ctypes.c_uint(0))
         self._call("cuDevicePrimaryCtxRetain", ctypes.byref(context), ctypes.c_int(device))
         self._call("cuCtxSetCurrent", context)
+        # On the default stream TensorRT would wait for the whole device more often than needed. Copies go by the
+        # default stream, and a stream created without flags waits for those.
+        stream = ctypes.c_void_p()
+        self._call("cuStreamCreate", ctypes.byref(stream), ctypes.c_uint(0))
+        self.stream = stream.value or 0
 
     def allocate(self, size: int) -> int:
         """Address of `size` bytes on the GPU."""
@@ -65,45 +71,61 @@ class TensorRTSession(Session):
 
     def __init__(self, engine: Any, nptype: Any, driver: Driver, artifact: Artifact) -> None:
         self._engine, self._nptype, self._driver = engine, nptype, driver
+        self.inputs, self.outputs = artifact.inputs, artifact.outputs
+        names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+        if set(names) != {*self.inputs, *self.outputs}:
+            wanted = ", ".join((*self.inputs, *self.outputs))
+            raise RuntimeFault(f"the engine has inputs and outputs {', '.join(names)}; expected {wanted}")
         self._context = engine.create_execution_context()
         if self._context is None:
             raise RuntimeFault("TensorRT could not create an execution context", fix="free GPU memory and try again")
-        self.inputs, self.outputs = artifact.inputs, artifact.outputs
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Outputs by name."""
-        self.check(feeds)
-        with self._buffers() as place:
-            for name in self.inputs:
-                array = np.ascontiguousarray(feeds[name])
-                if array.dtype != self._dtype(name):
-                    raise RuntimeFault(f"input {name} is {array.dtype}, the engine takes {self._dtype(name)}")
-                if not self._context.set_input_shape(name, array.shape):
-                    raise RuntimeFault(f"input {name} has shape {list(array.shape)}, outside the engine's profile")
-                self._driver.upload(place(name, array), array)
+        with self._placed(feeds) as addresses:
+            self._execute()
             results = {name: np.empty(self._shape(name), self._dtype(name)) for name in self.outputs}
-            addresses = {name: place(name, array) for name, array in results.items()}
-            if not self._context.execute_async_v3(0):
-                raise RuntimeFault("TensorRT failed to run the engine")
-            self._driver.synchronize()
             for name, array in results.items():
                 self._driver.download(array, addresses[name])
         return dict(results)
 
     @contextlib.contextmanager
-    def _buffers(self) -> Iterator[Any]:
-        """A function that gives a tensor memory on the GPU and tells the engine; all of it is freed at the end."""
-        addresses: list[int] = []
+    def prepared(self, feeds: Mapping[str, Array]) -> Iterator[Callable[[], object]]:
+        """Runs the network and waits for it: the feeds are on the GPU already, and the outputs stay there."""
+        with self._placed(feeds):
+            yield self._execute
 
-        def place(name: str, array: Array) -> int:
-            addresses.append(self._driver.allocate(array.nbytes))
-            self._context.set_tensor_address(name, addresses[-1])
-            return addresses[-1]
+    def _execute(self) -> None:
+        if not self._context.execute_async_v3(self._driver.stream):
+            raise RuntimeFault("TensorRT failed to run the engine")
+        self._driver.synchronize()
+
+    @contextlib.contextmanager
+    def _placed(self, feeds: Mapping[str, Array]) -> Iterator[Mapping[str, int]]:
+        """{input or output: its memory on the GPU}, the feeds in it; all of it is freed at the end."""
+        self.check(feeds)
+        addresses: dict[str, int] = {}
+
+        def place(name: str, size: int) -> int:
+            addresses[name] = self._driver.allocate(size)
+            self._context.set_tensor_address(name, addresses[name])
+            return addresses[name]
 
         try:
-            yield place
+            for name in self.inputs:
+                array = np.ascontiguousarray(feeds[name])
+                if array.dtype != self._dtype(name):
+                    raise RuntimeFault(f"input {name} is {array.dtype}, the engine takes {self._dtype(name)}")
+                if not self._context.set_input_shape(name, array.shape):
+                    low, _, high = (list(shape) for shape in self._engine.get_tensor_profile_shape(name, 0))
+                    shape = list(array.shape)
+                    raise RuntimeFault(f"input {name} has shape {shape}; the engine takes {low} to {high}")
+                self._driver.upload(place(name, array.nbytes), array)
+            for name in self.outputs:
+                place(name, prod(self._shape(name)) * self._dtype(name).itemsize)
+            yield addresses
         finally:
-            for address in addresses:
+            for address in addresses.values():
                 self._driver.free(address)
 
     def _shape(self, name: str) -> tuple[int, ...]:
@@ -140,7 +162,8 @@ class TensorRT(Runtime):
         if engine is None:
             reason = errors[0] if errors else "no reason given"
             raise RuntimeFault(
-                f"TensorRT cannot load {artifact.model.name}: {reason}", fix="rebuild it here with `qexport build`"
+                f"{module} cannot load {artifact.model.name}: {reason}",
+                fix="name the flavor that built it, or rebuild it here with `qexport build`",
             )
         return TensorRTSession(engine, engine_library.nptype, driver, artifact)
 

@@ -36,6 +36,7 @@ RUNTIMES = {
 
 
 SHIPPED = ("onnxruntime", "tensorrt")
+TENSORRT = {"tensorrt": "TensorRT", "rtx": "TensorRT for RTX"}
 """Runtimes of artifacts, the one to speak of first."""
 
 
@@ -115,8 +116,15 @@ def _speed(timings: Mapping[str, Any]) -> Number:
         return Number(NONE, "speed against float", "not measured: run qexport bench on the output folder")
     ends = dict.fromkeys(f"{ratio:.2f}x" for ratio in (ratios[0], ratios[-1]))
     batches = " and ".join(str(timing["batch"]) for timing in latency["timings"])
-    threads = plural(latency["threads"], "thread") if latency["threads"] else "onnxruntime's own number of threads"
-    return Number(" to ".join(ends), "as fast as float", f"{batches} samples at once, {threads}")
+    where = ran_in(latency["runtime"], latency["threads"])
+    return Number(" to ".join(ends), "as fast as float", f"{batches} samples at once, {where}")
+
+
+def ran_in(runtime: str, threads: int | None) -> str:
+    """Where a latency was measured: onnxruntime with its threads, or TensorRT of a flavor."""
+    if runtime != "onnxruntime":
+        return f"{TENSORRT[runtime]}, inputs and outputs on the GPU"
+    return plural(threads, "thread") if threads else "onnxruntime's own number of threads"
 
 
 def command(report: Report) -> str:

@@ -129,7 +129,7 @@ def test_one_and_two_threads_write_the_same_bytes(
     [
         (["inspect", "out"], {"files", "key", "report"}),
         (["diff", "out", "out"], {"outputs", "layers", "gates"}),
-        (["bench", "out", "--rounds", "3", "--batch", "1"], {"timings", "threads", "rounds"}),
+        (["bench", "out", "--rounds", "3", "--batch", "1"], {"timings", "runtime", "threads", "rounds"}),
     ],
 )
 def test_commands_on_an_output_print_json(

@@ -22,6 +22,7 @@ HOSTILE = "</script><img src=x onerror=alert(1)>&\"'<!--"
 BINS = 48
 
 LATENCY = {
+    "runtime": "onnxruntime",
     "threads": 1,
     "rounds": 30,
     "timings": [

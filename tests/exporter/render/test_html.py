@@ -126,6 +126,8 @@ def test_speed_and_seconds_come_from_the_timings():
         "2.00",
     ]
     assert page[page.index("lower to onnx") + 1] == "1.25"
+    on_a_gpu = Page(render(SMALL, {"latency": {**LATENCY, "runtime": "rtx", "threads": None}})).words
+    assert "1 and 32 samples at once, TensorRT for RTX, inputs and outputs on the GPU" in on_a_gpu
 
 
 def test_worst_layers_come_first():
