@@ -1,8 +1,9 @@
 """torch.export -> a flat, undecomposed fx graph -> Program.
 
 The graph keeps its ATen operators whole (batch norm, linear, attention), takes flat inputs by name and returns a flat
-tuple. What inference does not need is dropped: dropout, dtype assertions, casts and slices that change nothing.
-Parameters are cloned, because the exported program shares them with the user's model; those mapped from a file are not.
+tuple. What inference does not need is dropped: dropout, dtype assertions, casts and slices that change nothing. Layers'
+weights become constants (exporter.constant_weights). Parameters are cloned, because the exported program shares them
+with the user's model; those mapped from a file are not.
 """
 
 import copy
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from exporter.constant_weights import make_weights_constant
 from exporter.errors import InputError
 from exporter.functional import inline_regions, make_functional
 from passes.base import LayerRule, Program, TargetRules
@@ -58,6 +60,7 @@ def flatten(program: torch.export.ExportedProgram) -> tuple[fx.GraphModule, tupl
     strip(module)
     own_tensors(module)
     graph = copy_graph(module)
+    make_weights_constant(graph)
     tidy(graph)
     return graph, tuple(names[index] for index in keep)
 

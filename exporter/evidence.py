@@ -25,10 +25,10 @@ from exporter.lockstep import float_layers
 from exporter.metrics import Comparison
 from exporter.progress import steps
 from exporter.report import Evidence
-from exporter.validate import evaluate, layer_batches, own_output, quantize_input
+from exporter.validate import layer_batches, own_output, quantize_input
 from passes.base import Program
 from passes.calibration import Batch
-from passes.graph import Layer, find_layers, get_tensor
+from passes.graph import Layer, find_layers, get_tensor, value_of
 from passes.memory import release
 from passes.ops import E4M3_MAX, FAKE_QUANTIZE, FAKE_QUANTIZE_DYNAMIC
 from passes.weight_nodes import is_quantized, read_weight
@@ -166,7 +166,7 @@ def _with_weight(
     if stored is None:
         return evidence
     weight = get_tensor(twin, float_layer.weight)
-    matrix, rounded = float_layer.to_matrix(weight), layer.to_matrix(evaluate(graph, layer.weight))
+    matrix, rounded = float_layer.to_matrix(weight), layer.to_matrix(value_of(graph, layer.weight))
     share, noise = clipping(matrix, rounded, stored) if isinstance(stored, AffineWeight) else (None, None)
     axes = ("input", "output") if isinstance(stored, AffineWeight) and stored.group_size == 0 else ("input",)
     found = [(*outlier(_weight_peaks(layer, matrix, weight, axis)), axis) for axis in axes]
@@ -247,6 +247,6 @@ def _static_range(graph: fx.GraphModule, layer: Layer) -> tuple[float, float] | 
 
 def _number(graph: fx.GraphModule, argument: object) -> float:
     if isinstance(argument, fx.Node):
-        return float(evaluate(graph, argument))
+        return float(value_of(graph, argument))
     assert isinstance(argument, int)
     return float(argument)

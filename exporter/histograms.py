@@ -16,9 +16,9 @@ from exporter.lockstep import InStep, float_layers, marked_layers
 from exporter.lowering.lowered import Lowered
 from exporter.progress import steps
 from exporter.report import Histogram
-from exporter.validate import evaluate, quantize_input
+from exporter.validate import quantize_input
 from passes.base import Program
-from passes.graph import find_layers, get_tensor
+from passes.graph import find_layers, get_tensor, value_of
 from passes.memory import release
 from passes.ops import FAKE_QUANTIZE, FAKE_QUANTIZE_DYNAMIC
 from passes.weight_nodes import is_quantized
@@ -59,7 +59,7 @@ def _values(program: Program, lowered: Lowered, names: Sequence[str]) -> Iterato
     for name, layer in quantized.items():
         if is_quantized(layer):
             before = get_tensor(twin, twins[name].weight)
-            yield name, "weight", before.numpy(), evaluate(program.graph, layer.weight).numpy()
+            yield name, "weight", before.numpy(), value_of(program.graph, layer.weight).numpy()
             release([before])
     batches = few_batches(program)
     for batch in steps(program.on_step, "histograms", batches, len(batches)):

@@ -31,7 +31,7 @@ from exporter.report import LayerDiff, LayerSqnr, Sums
 from exporter.sample_sums import LAYER_BLOCKS, OUTPUT_BLOCKS, SampleSums
 from passes.base import Program
 from passes.calibration import Batch, cut
-from passes.graph import Layer, find_layers, get_tensor
+from passes.graph import Layer, find_layers, get_tensor, value_of
 from passes.memory import release
 from passes.ops import FAKE_QUANTIZE, FAKE_QUANTIZE_DYNAMIC
 from passes.weight_nodes import is_quantized
@@ -163,7 +163,7 @@ def _layer_diff(
     weight = get_tensor(twin, float_layer.weight)
     figures, sqnr = comparison.accumulated.figures(), None
     if is_quantized(layer):
-        sqnr = sqnr_db(weight.numpy(), evaluate(program.graph, layer.weight).numpy())
+        sqnr = sqnr_db(weight.numpy(), value_of(program.graph, layer.weight).numpy())
         release([weight])
     return LayerDiff(
         name=layer.name,
@@ -204,7 +204,7 @@ def own_output(graph: fx.GraphModule, layer: Layer, value: Tensor, *, quantize: 
         value = quantize_input(graph, layer, value)
     with torch.no_grad():
         args = [
-            value if index == layer.input_arg else evaluate(graph, arg) if isinstance(arg, fx.Node) else arg
+            value if index == layer.input_arg else value_of(graph, arg) if isinstance(arg, fx.Node) else arg
             for index, arg in enumerate(layer.node.args)
         ]
         assert callable(layer.node.target)
@@ -218,22 +218,11 @@ def quantize_input(graph: fx.GraphModule, layer: Layer, value: Tensor) -> Tensor
     source = layer.input
     if source.target not in (FAKE_QUANTIZE, FAKE_QUANTIZE_DYNAMIC):
         return value
-    rest = [evaluate(graph, arg) if isinstance(arg, fx.Node) else arg for arg in source.args[1:]]
+    rest = [value_of(graph, arg) if isinstance(arg, fx.Node) else arg for arg in source.args[1:]]
     assert callable(source.target)
     with torch.no_grad():
         rounded: Tensor = source.target(value, *rest)
     return rounded
-
-
-def evaluate(graph: fx.GraphModule, node: fx.Node) -> Tensor:
-    """The value of a node that depends on constants only."""
-    if node.op == "get_attr":
-        return get_tensor(graph, node)
-    args = [evaluate(graph, arg) if isinstance(arg, fx.Node) else arg for arg in node.args]
-    assert callable(node.target)
-    result: Tensor = node.target(*args, **node.kwargs)
-    release(arg for arg in args if isinstance(arg, Tensor))
-    return result
 
 
 def predictor(session: Session) -> Callable[[Mapping[str, Any]], dict[str, Array]]:

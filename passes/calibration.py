@@ -34,7 +34,7 @@ class Calibration:
     source: str
 
     def example(self, dynamic: Mapping[str, Mapping[int, str]]) -> Batch:
-        """A batch; an axis 0 that stays free, as `dynamic` says (Program), is at least 2 long: torch.export wants it."""
+        """A batch; where `dynamic` (Program) leaves axis 0 free it is at least 2 long, as torch.export wants."""
         return {
             name: value.repeat_interleave(2, 0) if 0 in dynamic.get(name, {}) and len(value) == 1 else value
             for name, value in self.batches[0].items()

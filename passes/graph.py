@@ -10,6 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor, fx, nn
 
+from passes.memory import release
+
 aten = torch.ops.aten
 
 Kind = Literal["linear", "conv", "conv_transpose", "embedding"]
@@ -110,6 +112,8 @@ def _layer_at(graph: fx.GraphModule, node: fx.Node) -> Layer | None:
     if found is None or not isinstance(found.node.args[found.weight_arg], fx.Node):
         return None
     root = constant_root(found.weight)
+    if found.bias is not None and constant_root(found.bias) is None:
+        return None
     if root is None or (found.kind == "linear" and weight_rank(found) != 2):
         return None
     return dataclasses.replace(found, name=_layer_name(node, str(root.target)))
@@ -159,6 +163,17 @@ def get_tensor(graph: fx.GraphModule, node: fx.Node) -> Tensor:
         owner = getattr(owner, part)
     assert isinstance(owner, Tensor)
     return owner.detach()
+
+
+def value_of(graph: fx.GraphModule, node: fx.Node) -> Tensor:
+    """The value of a node that depends on constants only."""
+    if node.op == "get_attr":
+        return get_tensor(graph, node)
+    args = [value_of(graph, arg) if isinstance(arg, fx.Node) else arg for arg in node.args]
+    assert callable(node.target)
+    value: Tensor = node.target(*args, **node.kwargs)
+    release(arg for arg in args if isinstance(arg, Tensor))
+    return value
 
 
 def add_tensor(graph: fx.GraphModule, name: str, value: Tensor, before: fx.Node) -> fx.Node:

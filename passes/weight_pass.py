@@ -22,7 +22,7 @@ from passes.memory import release
 from passes.ops import FAKE_QUANTIZE, FAKE_QUANTIZE_DYNAMIC
 from passes.siblings import shared_out, siblings_of
 from passes.walk import Walk
-from passes.weight_nodes import is_quantized, write_weight
+from passes.weight_nodes import write_weight
 from passes.weights import QuantWeight
 
 WIDTHS = (2, 3, 4, 8)
@@ -176,7 +176,7 @@ class WeightPass(Pass):
         if program.is_skipped(layer.name):
             return "left in float by the recipe"
         if layer.weight.op != "get_attr":
-            return "its weight is quantized already" if is_quantized(layer) else "its weight is computed in the graph"
+            return "its weight is quantized already"
         if not weight_of(program.graph, layer).is_floating_point():
             return "its weight is not floating point"
         if layer.kind == "embedding" and not self.embeddings:

@@ -280,20 +280,6 @@ def test_what_is_quantized_already_is_left() -> None:
     assert set(reasons(result).values()) == {"its weight is quantized already"}
 
 
-def test_weights_that_the_graph_computes_are_left() -> None:
-    class Scaled(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight, self.gain = nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.rand(4, 1))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return F.linear(x, self.weight * self.gain)
-
-    program = program_of(Scaled(), {"x": torch.zeros(2, 3)})
-    result = RTN().run(program)
-    assert list(reasons(result).values()) == ["its weight is computed in the graph"]
-
-
 def test_kinds_of_layers_that_the_target_cannot_store_are_left() -> None:
     program = program_of(seeded(Flattening), {"x": torch.zeros(2, 1, 10, 10)})
     program.rules = dataclasses.replace(RULES, conv_bits=frozenset({8}))
