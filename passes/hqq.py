@@ -7,9 +7,10 @@ Badri and Shaji, "Half-Quadratic Quantization of Large Machine Learning Models" 
     axis 0    groups of group_size outputs that stand out / group_size apart, of one input: the columns of
               W.reshape(group_size, -1)
 
-Scales and zero points are then quantized themselves, to meta_bits, in groups of meta_group_size on their own range; the
-codes are chosen last, for the levels as they are stored. Zero points are first brought to within one width of the
-levels from the range 0..2^bits - 1, so that no group spoils the others'.
+Scales and zero points are then quantized themselves, to meta_bits, in groups of meta_group_size on their own range, and
+each group takes the stored ones that serve it best; the codes are chosen last, for the levels as they are stored. Zero
+points are first brought to within one width of the levels from the range 0..2^bits - 1, so that no group spoils the
+others'.
 
 With hessian=true the levels stay and the codes are GPTQ's (passes.gptq), for the inputs of the calibration data. GPTQ
 works with whole zero points: with z' = round(z),
@@ -29,7 +30,7 @@ from passes import gptq
 from passes.affine_grid import AffineGrid
 from passes.base import PassError, Program
 from passes.graph import Layer
-from passes.hqq_solver import fit_levels
+from passes.hqq_solver import StoredGrid, choose_stored, fit_levels
 from passes.walk import Walk
 from passes.weight_pass import CodePass
 from passes.weights import AffineWeight, group_columns
@@ -143,13 +144,18 @@ def quantize_weight(weight: Tensor, options: HQQ, hessian: Tensor | None = None)
         )
     if options.axis == 1 and group_size >= columns:
         group_size = -1
-    scale, zero = _fit(weight, options, group_size)
+    parts = _groups(weight, options.axis, group_size)
+    scale, zero = _fit(parts, options)
     scale_codes = zero_codes = None
     if options.quant_scale:
         scale_codes = quantize_values(scale.to(weight.dtype), options.meta_bits, options.meta_group_size)
-        scale = scale_codes.dequantize().view(scale.shape)
     if options.quant_zero:
         zero_codes = quantize_values(zero.to(weight.dtype), options.meta_bits, options.meta_group_size)
+    if scale_codes and zero_codes:
+        scale_codes, zero_codes = _choose_together(parts, options, scale, zero, scale_codes, zero_codes)
+    if scale_codes:
+        scale = scale_codes.dequantize().view(scale.shape)
+    if zero_codes:
         zero = zero_codes.dequantize().view(zero.shape)
     scale, zero = _storable(scale, zero, weight.dtype, options)
     if hessian is not None:
@@ -180,27 +186,55 @@ def quantize_values(values: Tensor, bits: int, group_size: int) -> AffineWeight:
     return AffineWeight(stored, scale[None], zero[None], bits, 0 if width == count else width)
 
 
-def _fit(weight: Tensor, options: HQQ, group_size: int) -> tuple[Tensor, Tensor]:
-    """(scale, zero point) in the shape an AffineWeight has them in; all scales positive."""
-
-    def fit(groups: Tensor) -> tuple[Tensor, Tensor]:
-        return fit_levels(groups, options.bits, options.norm, bounded=options.quant_zero)
-
+def _groups(weight: Tensor, axis: int, group_size: int) -> list[Tensor]:
+    """The groups as their scales [a, b] stand: tensors [a, part of b, n], short groups in one of their own."""
     rows, columns = weight.shape
-    if options.axis == 0:
-        scale, zero = (values.view(-1, columns) for values in fit(weight.reshape(group_size, -1).t()))
-    elif group_size == 0:
-        scale, zero = fit(weight.reshape(1, -1))
-    else:
-        width = group_columns(columns, group_size)
-        full = columns - columns % width
-        parts = [fit(weight[:, :full].reshape(-1, width))]
-        if full < columns:
-            parts.append(fit(weight[:, full:]))
-        scale, zero = (torch.cat([part.view(rows, -1) for part in kind], dim=1) for kind in zip(*parts, strict=True))
+    if axis == 0:
+        return [weight.reshape(group_size, -1).t().reshape(-1, columns, group_size)]
+    if group_size == 0:
+        return [weight.reshape(1, 1, -1)]
+    width = group_columns(columns, group_size)
+    full = columns - columns % width
+    parts = [weight[:, :full].reshape(rows, -1, width)]
+    return parts if full == columns else [*parts, weight[:, None, full:]]
+
+
+def _fit(parts: list[Tensor], options: HQQ) -> tuple[Tensor, Tensor]:
+    """(scale, zero point) in the shape an AffineWeight has them in; all scales positive."""
+    fitted = []
+    for part in parts:
+        levels = fit_levels(part.flatten(0, 1), options.bits, options.norm, bounded=options.quant_zero)
+        fitted.append([values.view(part.shape[:2]) for values in levels])
+    scale, zero = (torch.cat(kind, dim=1) for kind in zip(*fitted, strict=True))
     positive = scale[scale > 0]
     least = positive.min() if len(positive) else 1.0  # zeros are met by any scale: one that suits the others' range
     return torch.where(scale > 0, scale, least), zero
+
+
+def _choose_together(
+    parts: list[Tensor], options: HQQ, scale: Tensor, zero: Tensor, scale_codes: AffineWeight, zero_codes: AffineWeight
+) -> tuple[AffineWeight, AffineWeight]:
+    """The stored scales and zero points, near those fitted, that together leave the least error."""
+    widths = [part.shape[1] for part in parts]
+
+    def by_part(values: Tensor) -> list[Tensor]:
+        return [columns.reshape(-1, 1) for columns in values.view(scale.shape).split(widths, dim=1)]
+
+    def grids(stored: AffineWeight) -> list[StoredGrid]:
+        assert stored.zero_point is not None
+        step, offset = (
+            by_part(_per_weight(values, stored.codes.shape, stored.group_size, 1).expand(stored.shape).contiguous())
+            for values in (stored.scale, stored.zero_point)
+        )
+        return [StoredGrid(*grid, 2**stored.bits - 1) for grid in zip(step, offset, strict=True)]
+
+    chosen = []
+    levels = zip(by_part(scale), by_part(zero), grids(scale_codes), grids(zero_codes), strict=True)
+    for part, fitted in zip(parts, levels, strict=True):
+        found = choose_stored(part.flatten(0, 1), options.bits, options.norm, *fitted)
+        chosen.append([codes.view(part.shape[:2]) for codes in found])
+    scales, zeros = (torch.cat(kind, dim=1).view(1, -1) for kind in zip(*chosen, strict=True))
+    return dataclasses.replace(scale_codes, codes=scales), dataclasses.replace(zero_codes, codes=zeros)
 
 
 def _storable(scale: Tensor, zero: Tensor, dtype: torch.dtype, options: HQQ) -> tuple[Tensor, Tensor]:

@@ -59,21 +59,53 @@ def test_axis_0_groups_the_columns_of_the_reshaped_matrix() -> None:
     assert torch.equal(found.codes.reshape(4, -1).t(), turned.codes)
 
 
-def test_better_than_the_reference_by_a_tenth_on_the_layer_problem() -> None:
-    # what the hqq package (0.2.8) leaves of this problem; at 4 bits seeds differ by 2 %, around .895 of it
-    problem = layer_problem(512)
-    for bits, axis, reference in ((3, 1, 0.07155), (3, 0, 0.06277), (4, 1, 0.01642), (4, 0, 0.01438)):
-        quantized = quantize_weight(problem.weight, HQQ(bits=bits, axis=axis))
-        assert problem.error(quantized.dequantize()) < (0.9 if bits == 3 else 0.92) * reference
+def _half_quadratic(weight: Tensor, bits: int, axis: int) -> Tensor:
+    """`weight` through the solver of the HQQ paper, its parameters, groups of 64: |r|^0.7 split by a shrinkage.
+
+    The scale is that of the range. It stops where the mean error rises, as the hqq package does (0.2.8, whose weights
+    these are).
+    """
+    groups = weight.reshape(-1, 64) if axis == 1 else weight.reshape(64, -1).t()
+    low, high = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True)
+    per_step = (2**bits - 1) / (high - low)
+    zero, beta, least = -low * per_step, 10.0, math.inf
+    for _ in range(20):
+        codes = (groups * per_step + zero).round().clamp(0, 2**bits - 1)
+        residuals = groups - (codes - zero) / per_step
+        shrunk = residuals.sign() * (residuals.abs() - residuals.abs() ** (0.7 - 1) / beta).clamp_min(0)
+        zero = (codes - (groups - shrunk) * per_step).mean(1, keepdim=True)
+        error, beta = float(residuals.abs().mean()), 1.01 * beta
+        if error >= least:
+            break
+        least = error
+    codes = (groups * per_step + zero).round().clamp(0, 2**bits - 1)
+    dequantized: Tensor = (codes - zero) / per_step
+    return (dequantized if axis == 1 else dequantized.t()).reshape(weight.shape)
 
 
-def test_better_by_a_third_at_the_bits_of_the_reference() -> None:
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize(("bits", "bound"), [(1, 0.6), (2, 0.6), (3, 0.65), (4, 0.65), (8, 0.75)])
+def test_better_by_a_quarter_at_the_bits_of_the_paper(bits: int, bound: float, axis: int) -> None:
     """It has a scale and a zero point of 16 bits for 64 weights; two of 7 bits for 32 take no more."""
     problem = layer_problem(512)
-    for axis, reference in ((1, 0.01642), (0, 0.01438)):
-        quantized = quantize_weight(problem.weight, HQQ(bits=4, group_size=32, meta_bits=7, axis=axis))
-        assert pack_smallest(quantized)[1].bits_per_weight <= 4 + 2 * 16 / 64
-        assert problem.error(quantized.dequantize()) < 0.66 * reference
+    theirs = problem.error(_half_quadratic(problem.weight, bits, axis))
+    ours = quantize_weight(problem.weight, HQQ(bits=bits, group_size=32, meta_bits=7, axis=axis))
+    packed = 3.2 if bits == 3 else bits  # ten codes of 3 bits in 32
+    assert pack_smallest(ours)[1].bits_per_weight <= packed + 2 * 16 / 64
+    assert problem.error(ours.dequantize()) < bound * theirs
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize(("bits", "bound"), [(1, 0.7), (2, 0.75), (3, 0.87), (4, 0.9), (8, 1.0)])
+def test_better_with_the_same_groups(bits: int, bound: float, axis: int) -> None:
+    """By the weights themselves: the layer's error sees a few inputs most, and moves by some percent by chance.
+
+    At 4 bits the best levels that an exhaustive search finds leave .89 of the error.
+    """
+    weight = layer_problem(512).weight
+    theirs = (_half_quadratic(weight, bits, axis) - weight).square().sum()
+    ours = quantize_weight(weight, HQQ(bits=bits, axis=axis))
+    assert float((ours.dequantize() - weight).square().sum()) < bound * float(theirs)
 
 
 def test_quantized_scales_cost_next_to_nothing() -> None:
@@ -283,16 +315,16 @@ def test_codes_by_gptq_need_data() -> None:
 
 
 @pytest.mark.parametrize("axis", [0, 1])
-@pytest.mark.parametrize("bits", [1, 2, 3, 4])
-def test_less_error_than_the_package_leaves(bits: int, axis: int) -> None:
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+def test_the_package_leaves_what_its_paper_leaves(bits: int, axis: int) -> None:
     quantizer = pytest.importorskip("hqq.core.quantize").Quantizer
     problem = layer_problem(256)
     packed, meta = quantizer.quantize(
         problem.weight, nbits=bits, group_size=64, axis=axis, compute_dtype=torch.float32, device="cpu"
     )
     theirs = problem.error(quantizer.dequantize(packed, meta))
-    ours = problem.error(quantize_weight(problem.weight, HQQ(bits=bits, axis=axis)).dequantize())
-    assert ours < (0.9 if bits < 4 else 0.95) * theirs
+    # a code at the edge of two goes either way by the rounding of float32
+    assert theirs == pytest.approx(problem.error(_half_quadratic(problem.weight, bits, axis)), rel=1e-2)
 
 
 def test_the_package_dequantizes_ours() -> None:
