@@ -52,7 +52,7 @@ WEIGHTS_AT_ONCE = 1 << 18
 """Weights worked on together, at least one group's: keeps what is looked at time and again in the cache."""
 
 REACH = {1: 0, 2: 1, 3: 1, 4: 1, 8: 2}
-"""How many stored scales and zero points to either side are tried: theirs are fine to 1-bit codes, to 8-bit ones coarse."""
+"""How many stored scales and zero points to either side are tried: theirs are fine to 1 bit, coarse to 8 bits."""
 
 
 def fit_levels(values: Tensor, bits: int, lp_norm: float, bounded: bool) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ both run on one thread. Errors are relative layer errors tr(E H E^T) / tr(W H W^
     finer     half the group, scales and zero points in 7 bits: at most the bits of the package's, which are of 16
     hessian   the levels of `stored`, codes by GPTQ on the Hessian, which the others do not look at
 
-Bits per weight are counted from the bytes of the checkpoint's format. Ratios are to the package, weight ratios of |E|^2.
+Bits per weight are counted from the bytes of the checkpoint's format. Ratios are to the package; weight: of |E|^2.
 --exhaustive shows the least |E|^2 that float levels of the same groups can leave: the best of 1,600 pairs of scale and
 zero point for every group, each after a step of least squares, and eight steps from it.
 """
