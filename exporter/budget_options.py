@@ -22,7 +22,7 @@ from exporter.recipe import Recipe
 from exporter.sensitivity import Compute, WorstOutput, noise_alone, quantized_layers, run_all, run_from
 from exporter.validate import LAYER_BATCH
 from passes.base import LayerRule, PassError, Program
-from passes.calibration import Batch, cut
+from passes.calibration import Batch
 from passes.graph import Layer, find_layers, get_tensor
 from passes.weight_pass import WeightPass, widths
 
@@ -112,7 +112,11 @@ def measure_options(recipe: Recipe, quantize: Quantize, progress: Progress) -> O
             continue
         program, rules, bits, written = made
         quantized = quantized_layers(program)
-        computes = {name: noise_alone(program, quantized[name], twins[name])[1] for name in rules if name in bits}
+        computes = {
+            name: noise_alone(program, quantized[name], twins[name], quantized[name].node)[1]
+            for name in rules
+            if name in bits
+        }
         noises = _noises(base, twins, computes)
         weights = {name: bits[name] * get_tensor(twin, twins[name].weight).numel() / 8 for name in bits}
         rest = written - sum(weights.values())
@@ -176,5 +180,5 @@ def _noises(base: Program, twins: Mapping[str, Layer], computes: Mapping[str, Co
 
 def calibration_batches(program: Program) -> list[Batch]:
     """The first SAMPLES calibration samples, few at a time."""
-    small: list[Batch] = [part for batch in program.calibration.batches for part in cut(batch, LAYER_BATCH)]
-    return small[: SAMPLES // LAYER_BATCH]
+    small = program.in_parts(program.calibration.batches, LAYER_BATCH)
+    return small[: max(1, SAMPLES // len(next(iter(small[0].values()))))]

@@ -19,10 +19,11 @@ from torch import Tensor, fx
 from exporter.metrics import Comparison
 from exporter.progress import steps
 from exporter.report import LayerSensitivity
-from exporter.validate import evaluate_metrics, layer_batches, own_output
+from exporter.validate import evaluate_metrics, layer_batches, own_output, unquantized_input
+from passes.adapter_nodes import adapted_layers
 from passes.base import Program
 from passes.calibration import Batch
-from passes.graph import Layer, find_layers, inputs_of
+from passes.graph import Layer, find_layers, inputs_of, value_of
 from passes.ops import FAKE_QUANTIZE, FAKE_QUANTIZE_DYNAMIC
 from passes.weight_nodes import is_quantized
 from runtimes.base import Array, Session
@@ -39,8 +40,9 @@ def measure_sensitivity(program: Program, spec: str | None) -> tuple[LayerSensit
     twin = program.float_twin or program.graph
     twins = {layer.name: layer for layer in find_layers(twin)}
     layers = quantized_layers(program)
-    alone = {name: noise_alone(program, layer, twins[name]) for name, layer in layers.items()}
-    without = {name: (layer.node, _in_float(twin, twins[name], layer)) for name, layer in layers.items()}
+    ends = {name: layer.node for name, layer in layers.items()} | adapted_layers(program.graph)
+    alone = {name: noise_alone(program, layer, twins[name], ends[name]) for name, layer in layers.items()}
+    without = {name: (ends[name], _in_float(twin, twins[name], layer)) for name, layer in layers.items()}
     batches = layer_batches(program)
     network, of_alone, of_without = (
         WorstOutput(),
@@ -76,21 +78,24 @@ def measure_sensitivity(program: Program, spec: str | None) -> tuple[LayerSensit
 
 
 def quantized_layers(program: Program) -> dict[str, Layer]:
-    """{name: layer} of those with a quantized weight or input, in the graph's order."""
-    layers = find_layers(program.graph)
-    return {layer.name: layer for layer in layers if is_quantized(layer) or layer.input.target in QUANTIZERS}
+    """{name: layer} of those with a quantized weight or input, in the graph's order; adapters' own layers are none."""
+    twins = {layer.name for layer in find_layers(program.float_twin or program.graph)}
+    return {
+        layer.name: layer
+        for layer in find_layers(program.graph)
+        if layer.name in twins and (is_quantized(layer) or layer.input.target in QUANTIZERS)
+    }
 
 
-def noise_alone(program: Program, layer: Layer, twin: Layer) -> tuple[fx.Node, Compute]:
-    """The node of the float twin, and what it yields when the layer alone is quantized as in `program`."""
-    return twin.node, lambda values: own_output(program.graph, layer, values[twin.input])
+def noise_alone(program: Program, layer: Layer, twin: Layer, end: fx.Node) -> tuple[fx.Node, Compute]:
+    """The node of the float twin, and what it yields when the layer alone, up to `end`, is as in `program`."""
+    source = unquantized_input(layer)
+    return twin.node, lambda values: value_of(program.graph, end, {source: values[twin.input]})
 
 
 def _in_float(twin: fx.GraphModule, float_layer: Layer, layer: Layer) -> Compute:
     """What the layer yields in float, from its input before the quantizer."""
-    source = layer.input
-    if source.target in QUANTIZERS:
-        source = source.all_input_nodes[0]
+    source = unquantized_input(layer)
     return lambda values: own_output(twin, float_layer, values[source])
 
 

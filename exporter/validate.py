@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, fx
 
 from exporter.blocks import NodeByNode
@@ -30,7 +29,7 @@ from exporter.progress import steps
 from exporter.report import LayerDiff, LayerSqnr, Sums
 from exporter.sample_sums import LAYER_BLOCKS, OUTPUT_BLOCKS, SampleSums
 from passes.base import Program
-from passes.calibration import Batch, cut
+from passes.calibration import Batch
 from passes.graph import Layer, find_layers, get_tensor, value_of
 from passes.memory import release
 from passes.ops import FAKE_QUANTIZE, FAKE_QUANTIZE_DYNAMIC
@@ -80,15 +79,16 @@ def compare_outputs(
 def layer_bytes(program: Program) -> int:
     """Of all layers' outputs at one sample, in one network."""
     twin = program.float_twin or program.graph
-    first = next(cut(program.calibration.holdout[0], 1))
+    first = program.in_parts(program.calibration.holdout, 1)[0]
     layers = {layer.name: layer for layer in find_layers(twin)}
-    return sum(output.nbytes for _, (_, output) in float_layers(twin, layers, first))
+    whole = sum(output.nbytes for _, (_, output) in float_layers(twin, layers, first))
+    return whole // len(next(iter(first.values())))
 
 
 def layer_batches(program: Program) -> list[Batch]:
     """The held-out samples in batches small enough to hold every layer's output."""
     at_once = max(1, min(LAYER_BATCH, LAYER_BYTES // max(1, layer_bytes(program))))
-    return [small for batch in program.calibration.holdout for small in cut(batch, at_once)]
+    return program.in_parts(program.calibration.holdout, at_once)
 
 
 class _LayerComparison:
@@ -200,29 +200,18 @@ def run_marks(graph: fx.GraphModule, batch: Batch) -> dict[str, Array]:
 
 def own_output(graph: fx.GraphModule, layer: Layer, value: Tensor, *, quantize: bool = True) -> Tensor:
     """What the layer yields when it is fed `value`: quantized as in the network, or as it is (`quantize` False)."""
-    if quantize:
-        value = quantize_input(graph, layer, value)
-    with torch.no_grad():
-        args = [
-            value if index == layer.input_arg else value_of(graph, arg) if isinstance(arg, fx.Node) else arg
-            for index, arg in enumerate(layer.node.args)
-        ]
-        assert callable(layer.node.target)
-        result: Tensor = layer.node.target(*args, **layer.node.kwargs)
-    release(arg for arg in args if isinstance(arg, Tensor))
-    return result
+    return value_of(graph, layer.node, {unquantized_input(layer) if quantize else layer.input: value})
 
 
 def quantize_input(graph: fx.GraphModule, layer: Layer, value: Tensor) -> Tensor:
     """`value` after the layer's own activation quantizer, if it has one."""
-    source = layer.input
-    if source.target not in (FAKE_QUANTIZE, FAKE_QUANTIZE_DYNAMIC):
-        return value
-    rest = [value_of(graph, arg) if isinstance(arg, fx.Node) else arg for arg in source.args[1:]]
-    assert callable(source.target)
-    with torch.no_grad():
-        rounded: Tensor = source.target(value, *rest)
-    return rounded
+    return value_of(graph, layer.input, {unquantized_input(layer): value})
+
+
+def unquantized_input(layer: Layer) -> fx.Node:
+    """The node whose value the layer multiplies, before the layer's own activation quantizer."""
+    quantized = layer.input.target in (FAKE_QUANTIZE, FAKE_QUANTIZE_DYNAMIC)
+    return layer.input.all_input_nodes[0] if quantized else layer.input
 
 
 def predictor(session: Session) -> Callable[[Mapping[str, Any]], dict[str, Array]]:

@@ -24,7 +24,7 @@ from passes.calibration import watch_values
 from passes.graph import Layer, add_tensor, aten, call_before, constant_root, single_user
 from passes.ops import E4M3_MAX, FAKE_QUANTIZE, FAKE_QUANTIZE_DYNAMIC
 from passes.output_moments import See, watch_gradients
-from passes.ranges import Method, Observer, QuantRange, choose_range
+from passes.ranges import Observer, QuantRange, choose_range
 from passes.rtn import Format, require_float8
 
 DRAWS = 4
@@ -77,7 +77,7 @@ class ActQuant(Pass):
 
     bits: int = 8
     mode: Literal["static", "token"] = "static"
-    method: Method | Literal["output"] = "mse"
+    method: Literal["minmax", "percentile", "mse", "output"] = "mse"
     percentile: float = 99.99
     symmetric: bool = False
     format: Format = "int"
@@ -191,8 +191,9 @@ def count_costs(program: Program, seen: Mapping[fx.Node, Observer]) -> None:
 
     watched = {node: counter(observer) for node, observer in seen.items()}
     generator = torch.Generator().manual_seed(program.seed)
+    batches = program.in_parts(program.calibration.batches, TOGETHER)
     for _ in range(DRAWS):
-        watch_gradients(program.graph, watched, program.calibration.batches, "mse", generator, TOGETHER)
+        watch_gradients(program.graph, watched, batches, "mse", generator)
 
 
 def float8_range(observer: Observer) -> QuantRange:

@@ -32,7 +32,8 @@ def attach(graph: fx.GraphModule, layer: Layer, adapter: Adapter, bits: int = 0)
     lora_b, source = adapter.lora_b * adapter.scaling, layer.input
     if scaled is not None:
         _rewrite_weight(graph, layer, scaled)
-        _add_branch(graph, layer, source, adapter.lora_a, lora_b * factor[:, None], bits)
+        total = _add_branch(graph, layer, source, adapter.lora_a, lora_b * factor[:, None], bits)
+        total.meta["adapted"] = layer.name
         return
     bias = _take_bias(graph, layer)
     total = _add_branch(graph, layer, source, adapter.lora_a, lora_b, bits)
@@ -41,7 +42,13 @@ def attach(graph: fx.GraphModule, layer: Layer, adapter: Adapter, bits: int = 0)
         graph, total, aten.mul.Tensor, add_tensor(graph, f"{slot(layer)}.dora", factor.to(dtype), total.next)
     )
     if bias is not None:
-        _behind(graph, total, aten.add.Tensor, bias)
+        total = _behind(graph, total, aten.add.Tensor, bias)
+    total.meta["adapted"] = layer.name
+
+
+def adapted_layers(graph: fx.GraphModule) -> dict[str, fx.Node]:
+    """{layer: the node that yields its output, adapter included} of the layers that have adapters."""
+    return {node.meta["adapted"]: node for node in graph.graph.nodes if "adapted" in node.meta}
 
 
 def with_rows_scaled(weight: QuantWeight, factor: Tensor) -> QuantWeight | None:

@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor, fx
 
 from passes.cache import Cache
-from passes.calibration import Calibration
+from passes.calibration import Batch, Calibration, cut
 from passes.graph import Layer, find_layers, tidy
 from passes.memory import Memory
 from passes.ranks import Ranks
@@ -138,6 +138,12 @@ class Program:
     def is_skipped(self, name: str) -> bool:
         """True when the user wants this layer left in float."""
         return any(rule.skip and fnmatch.fnmatchcase(name, rule.match) for rule in self.layer_rules)
+
+    def in_parts(self, batches: Sequence[Batch], size: int) -> list[Batch]:
+        """The batches in parts of at most `size` samples; as they are where the graph takes a fixed number of them."""
+        if not all(0 in self.dynamic.get(name, {}) for name in batches[0]):
+            return list(batches)
+        return [part for batch in batches for part in cut(batch, size)]
 
     def options_for(self, name: str) -> dict[str, object]:
         """Options the recipe overrides for this layer; later rules win."""

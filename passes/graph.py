@@ -5,6 +5,7 @@ come apart by themselves and copies of a graph may share storage.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -165,11 +166,13 @@ def get_tensor(graph: fx.GraphModule, node: fx.Node) -> Tensor:
     return owner.detach()
 
 
-def value_of(graph: fx.GraphModule, node: fx.Node) -> Tensor:
-    """The value of a node that depends on constants only."""
+def value_of(graph: fx.GraphModule, node: fx.Node, given: Mapping[fx.Node, Tensor] | None = None) -> Tensor:
+    """The value of a node that depends on constants, and on nodes whose values are given, alone."""
+    if given is not None and node in given:
+        return given[node]
     if node.op == "get_attr":
         return get_tensor(graph, node)
-    args = [value_of(graph, arg) if isinstance(arg, fx.Node) else arg for arg in node.args]
+    args = [value_of(graph, arg, given) if isinstance(arg, fx.Node) else arg for arg in node.args]
     assert callable(node.target)
     value: Tensor = node.target(*args, **node.kwargs)
     release(arg for arg in args if isinstance(arg, Tensor))

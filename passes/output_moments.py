@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from passes.calibration import Batch, cut
+from passes.calibration import Batch
 from passes.graph import find_layers, inputs_of
 
 Loss = Literal["mse", "kl"]
@@ -31,9 +31,8 @@ def output_moments(
     batches: Sequence[Batch],
     loss: Loss,
     generator: torch.Generator,
-    size: int,
 ) -> dict[str, Tensor]:
-    """{layer: G}, [out, out] float32, of linear layers by name, `size` samples at a time.
+    """{layer: G}, [out, out] float32, of linear layers by name.
 
     A layer that no floating-point output depends on, or of which none is computed by operators that have gradients, is
     missing. Outputs of whole numbers do not count.
@@ -50,7 +49,7 @@ def output_moments(
         return see
 
     watched = {layer.node: see_layer(layer.name) for layer in find_layers(graph) if layer.name in wanted}
-    watch_gradients(graph, watched, batches, loss, generator, size)
+    watch_gradients(graph, watched, batches, loss, generator)
     return {name: total / counts[name] for name, total in totals.items()}
 
 
@@ -60,15 +59,14 @@ def watch_gradients(
     batches: Sequence[Batch],
     loss: Loss,
     generator: torch.Generator,
-    size: int,
 ) -> None:
-    """Hand each watched node's values and a draw of g there to its function, `size` samples at a time.
+    """Hand each watched node's values and a draw of g there to its function, batch by batch.
 
     Functions of nodes that no floating-point output depends on, or behind which operators have no gradient, see none.
     """
     watch = _Backward(graph, watched)
     inputs = [str(node.target) for node in inputs_of(graph)]
-    for batch in (part for whole in batches for part in cut(whole, size)):
+    for batch in batches:
         with torch.enable_grad():
             outputs = watch.run(*(batch[name] for name in inputs))
             probes = [_probe(value.float(), loss, generator) for value in outputs if value.requires_grad]

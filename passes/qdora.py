@@ -21,7 +21,7 @@ from passes.adapter_files import load_adapters
 from passes.adapter_nodes import attach
 from passes.asymmetric import shifted_weight
 from passes.base import Pass, PassError, PassResult, Program, Skip
-from passes.calibration import Batch, cut, run_graph
+from passes.calibration import Batch, run_graph
 from passes.dora import Adapter, DoRALinear, fitted, untrained
 from passes.graph import Layer, bias_of, copy_graph, find_layers, inputs_of, weight_of
 from passes.ops import FAKE_QUANTIZE, FAKE_QUANTIZE_DYNAMIC
@@ -150,7 +150,7 @@ class QDoRA(Pass):
         else:
             adapters = self._fit(program, bases, generator)
         student = Student(program, bases, adapters, self.loss)
-        batches = program.calibration.batches
+        batches = program.in_parts(program.calibration.batches, BATCH)
         before = Student(program, {}, {}, self.loss).mean_loss(batches)
         start = student.mean_loss(batches)
         after = self._train(program, student, generator) if self.steps else start
@@ -170,8 +170,8 @@ class QDoRA(Pass):
         twins = {layer.name: layer for layer in find_layers(program.float_twin)}
         outers: dict[str, Tensor] = {}
         if self.outer:
-            batches = program.calibration.batches
-            outers = output_moments(program.float_twin, bases, batches, self.loss, generator, BATCH)
+            batches = program.in_parts(program.calibration.batches, BATCH)
+            outers = output_moments(program.float_twin, bases, batches, self.loss, generator)
         walk, device = Walk(scratch), program.ranks.device
         adapters = {}
         for done, layer in enumerate(layer for layer in scratch.layers() if layer.name in bases):
@@ -192,7 +192,7 @@ class QDoRA(Pass):
 
     def _train(self, program: Program, student: "Student", generator: torch.Generator) -> float:
         """Adam on small batches in random order; the loss in the end."""
-        small = [part for batch in program.calibration.batches for part in cut(batch, BATCH)]
+        small = program.in_parts(program.calibration.batches, BATCH)
         optimizer = torch.optim.Adam(student.parameters(), lr=self.lr)
         order: list[int] = []
         for step in range(self.steps):
@@ -203,7 +203,7 @@ class QDoRA(Pass):
             optimizer.zero_grad()
             student.loss(small[order.pop()]).backward()
             optimizer.step()
-        return student.mean_loss(program.calibration.batches)
+        return student.mean_loss(small)
 
 
 class Student(fx.Interpreter):
@@ -263,7 +263,7 @@ class Student(fx.Interpreter):
         """Over all samples."""
         total, count = 0.0, 0
         with torch.no_grad():
-            for batch in (part for whole in batches for part in cut(whole, BATCH)):
+            for batch in batches:
                 size = len(next(iter(batch.values())))
                 total, count = total + float(self.loss(batch)) * size, count + size
         return total / count

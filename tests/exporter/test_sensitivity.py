@@ -15,6 +15,7 @@ from exporter.sensitivity import measure_sensitivity
 from passes.act_quant import ActQuant
 from passes.base import LayerRule, Program
 from passes.calibration import run_graph
+from passes.qdora import QDoRA
 from passes.rtn import RTN
 from tests.exporter.compiled import program_of, quantized
 from tests.passes.nets import seeded
@@ -81,6 +82,17 @@ def test_gain_is_against_the_quantized_network() -> None:
     found = measured()
     for layer in found.values():
         assert layer.gain_db == pytest.approx(layer.without_sqnr_db - output_sqnr(program()), abs=0.01)
+
+
+@pytest.mark.parametrize("base", [RTN(bits=2, group_size=-1), RTN(bits=2, group_size=16)])
+def test_a_layer_with_an_adapter_counts_as_one(base: RTN) -> None:
+    rules = tuple(LayerRule(name, skip=True) for name in NAMES if name != "two")
+    adapted = quantized(program_of(seeded(Net), batch(), layer_rules=rules), ActQuant(), base, QDoRA(rank=8))
+    (layer,) = (found for found in measure_sensitivity(adapted, None) if found.name == "two")
+    assert layer.alone_sqnr_db == pytest.approx(output_sqnr(adapted), abs=0.01)
+    bare = quantized(program_of(seeded(Net), batch(), layer_rules=rules), ActQuant(), base)
+    assert layer.alone_sqnr_db > output_sqnr(bare) + 1
+    assert layer.without_sqnr_db > 100  # float, its adapter gone with it
 
 
 def test_it_is_deterministic_and_leaves_the_program_alone() -> None:

@@ -1,6 +1,8 @@
 """Pass specs: options derive from fields, and what is wrong is named with the nearest right thing."""
 
 import dataclasses
+import types
+import typing
 
 import pytest
 
@@ -37,6 +39,25 @@ def test_a_toml_list_says_the_same() -> None:
 def test_every_pass_is_made_from_its_name_and_from_its_described_defaults(name: str) -> None:
     defaults = "".join(f":{option.name}={option.default}" for option in describe(PASSES[name]).options)
     assert parse_passes(name) == parse_passes(name + defaults) == (PASSES[name](),)
+
+
+@pytest.mark.parametrize("name", sorted(PASSES))
+def test_every_choice_that_a_pass_lists_can_be_made(name: str) -> None:
+    for option in describe(PASSES[name]).options:
+        for choice in option.type.split("|") if "|" in option.type else ():
+            try:
+                (made,) = parse_passes(f"{name}:{option.name}={choice}")
+            except InputError as error:
+                pytest.fail(f"{option.name}={choice}: {error}")
+            assert str(getattr(made, option.name)).lower() == choice
+
+
+@pytest.mark.parametrize("name", sorted(PASSES))
+def test_an_option_has_one_type_or_none(name: str) -> None:
+    """What a flag is read as would else leave a type out."""
+    for option, hint in option_types(PASSES[name]).items():
+        if typing.get_origin(hint) in (typing.Union, types.UnionType):
+            assert len(set(typing.get_args(hint)) - {type(None)}) == 1, option
 
 
 @pytest.mark.parametrize("name", sorted(PASSES))

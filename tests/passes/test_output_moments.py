@@ -36,10 +36,10 @@ class Branches(nn.Module):
         return torch.relu_(self.seen(x)), self.chosen(x).argmax(-1)
 
 
-def moments(program: Program, loss: Loss, seed: int = 0, size: int = 64) -> dict[str, Tensor]:
+def moments(program: Program, loss: Loss, seed: int = 0) -> dict[str, Tensor]:
     names = [layer.name for layer in program.layers()]
     generator = torch.Generator().manual_seed(seed)
-    return output_moments(program.graph, names, program.calibration.batches, loss, generator, size)
+    return output_moments(program.graph, names, program.calibration.batches, loss, generator)
 
 
 def samples() -> Tensor:
