@@ -41,6 +41,9 @@ META_WIDTHS = (4, 5, 6, 7, 8)
 SHORT_ZERO = 256.0
 """Up to here a zero point rounded to 16 bits moves by an eighth of a step at most."""
 
+COLUMNWISE_ROUNDS = 2
+"""Rounds of passes.refine where every column is a group: they take long there, and the first two bring most."""
+
 
 @dataclasses.dataclass(frozen=True)
 class HQQ(CodePass):
@@ -271,9 +274,10 @@ def _codes_by_gptq(
     zero = zero.float()
     whole = zero.round()
     offset = _per_weight((whole - zero) * scale, weight.shape, group_size, options.axis)
+    rounds = gptq.GPTQ.refine
     if options.axis == 0:  # a group of its own for every weight
         scale, whole = (_per_weight(values, weight.shape, group_size, 0) for values in (scale, whole))
-        group_size = 1
+        group_size, rounds = 1, COLUMNWISE_ROUNDS
     grid = AffineGrid(scale, whole, options.bits, group_size)
-    gptq_options = gptq.GPTQ(group_size=group_size, symmetric=False)
+    gptq_options = gptq.GPTQ(group_size=group_size, symmetric=False, refine=rounds)
     return gptq.quantize_weight(weight.float() - offset, hessian, gptq_options, grid).codes
