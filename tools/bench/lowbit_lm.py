@@ -21,7 +21,7 @@ import math
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -184,42 +184,42 @@ def held_out(windows: slice) -> Tensor:
     return text[starts[:, None] + torch.arange(CONTEXT + 1)].contiguous()
 
 
-def chosen(rows: Mapping[str, str], pattern: str) -> Sequence[str]:
-    """Names of the rows that the glob names, and float."""
-    return [name for name, passes in rows.items() if passes == FLOAT or fnmatch.fnmatchcase(name, pattern)]
+def options(description: str, rounds: int) -> argparse.ArgumentParser:
+    """What to measure, without saying of which network; `rounds` by default."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--rows", default="*", help="names of the rows to run, a glob; float always runs")
+    parser.add_argument("--passes", nargs="+", metavar="PASSES", help="rows of these passes instead")
+    parser.add_argument("--rounds", type=int, default=rounds, help="of the latencies; 0: none")
+    return parser
 
 
-def given(passes: Iterable[str]) -> dict[str, str]:
-    """A row for each, and float."""
-    return {"float": FLOAT, **{each: each for each in passes}}
-
-
-def write(table: Table, rows: Mapping[str, str], names: Iterable[str]) -> None:
-    """Print the rows as they come, then the remarks."""
-    print(f"| {' | '.join(HEADINGS)} |\n|{'---|' * len(HEADINGS)}")
+def measure(
+    asked: argparse.Namespace, rows: Mapping[str, str], model: nn.Module, samples: Mapping[str, Tensor], windows: Tensor
+) -> None:
+    """Print the rows that are asked for as they come, then the remarks; `samples` and `windows` are those of Table."""
+    if asked.passes:
+        rows = {"float": FLOAT, **{each: each for each in asked.passes}}
     remarks: list[str] = []
-    for name in names:
-        cells, skips = table.row(name, rows[name])
-        remarks += skips
-        print(f"| {' | '.join(cells)} |", flush=True)
+    print(f"| {' | '.join(HEADINGS)} |\n|{'---|' * len(HEADINGS)}")
+    with tempfile.TemporaryDirectory() as folder:
+        table = Table(model, Path(folder), asked.rounds, samples, windows)
+        for name, passes in rows.items():
+            if passes == FLOAT or fnmatch.fnmatchcase(name, asked.rows):
+                cells, skips = table.row(name, passes)
+                remarks += skips
+                print(f"| {' | '.join(cells)} |", flush=True)
     for remark in remarks:
         print(remark)
 
 
 def main() -> None:
     """Parse, measure, print."""
-    parser = argparse.ArgumentParser(description="low-bit weight formats on the language model")
-    parser.add_argument("--rows", default="*", help="names of the rows to run, a glob; float always runs")
-    parser.add_argument("--passes", nargs="+", metavar="PASSES", help="rows of these passes instead")
+    parser = options("low-bit weight formats on the language model", rounds=50)
     parser.add_argument("--more", action="store_true", help="measure on 192 other held-out windows")
-    parser.add_argument("--rounds", type=int, default=50, help="of the latencies; 0: none")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     windows = held_out(slice(1, 4)) if arguments.more else load_file(LM_TEST_FILE)["tokens"]
-    rows = given(arguments.passes) if arguments.passes else ROWS
-    with tempfile.TemporaryDirectory() as folder:
-        table = Table(load_reference("opt_lm"), Path(folder), arguments.rounds, lm_calibration(), windows)
-        write(table, rows, chosen(rows, arguments.rows))
+    measure(arguments, ROWS, load_reference("opt_lm"), lm_calibration(), windows)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Low-bit weights where layers are wide: python -m tools.bench.wide_lm --model PATH [--rows GLOB]
 
 A language model of tools.models' family, one block of width 1024: layers of 1024 x 1024 (4 of them) and 1024 x 2048
-(2), wide enough for codebooks to pay. It is trained on the documentation's bytes if PATH is not there, about 11 minutes
+(2), wide enough for codebooks to pay. It is trained on the documentation's bytes if PATH is not there, about half an hour
 of one core that multiplies bfloat16, and is not committed (18 MB). Training that was stopped goes on where it last was
 saved, PATH.part.
 
@@ -9,10 +9,8 @@ Columns are those of tools.bench.lowbit_lm, measured on 192 held-out windows of 
 others (--choose). Training text and windows come from the installed Python's pydoc_data, so figures move with it.
 """
 
-import argparse
 import math
 import os
-import tempfile
 from pathlib import Path
 
 import torch
@@ -22,20 +20,22 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from tools.bench.lowbit_lm import FLOAT, Table, chosen, given, held_out, write
+from tools.bench.lowbit_lm import FLOAT, held_out, measure, options
 from tools.data import documentation_bytes
 from tools.models import CONTEXT, OptLM
 from tools.train_reference_models import SEED, cosine_schedule, lm_optimizer
 
 WIDTH, FFN, HEADS, LAYERS = 1024, 2048, 8, 1
-STEPS = 1500
+STEPS = 4000
 BATCH = 8
-LEARNING_RATE = 4e-4
+LEARNING_RATE = 1e-3
+INITIAL_STD = 0.02
 SAVED_EVERY = 100
 CALIBRATION = 256
 
 ROWS = {
     "float": FLOAT,
+    "gptq 3b per channel": "gptq:bits=3:group_size=-1",
     "gptq 3b g64": "gptq:bits=3:group_size=64",
     "gptq 3b g128": "gptq:bits=3:group_size=128",
     "aq 2x8 g8": "aq",
@@ -48,9 +48,13 @@ ROWS = {
 
 
 def wide_lm() -> nn.Module:
-    """The network, untrained."""
+    """The network, untrained. Torch's uniform weights would leave lighter tails than language models have."""
     torch.manual_seed(SEED)
-    return OptLM(WIDTH, FFN, HEADS, LAYERS)
+    model = OptLM(WIDTH, FFN, HEADS, LAYERS)
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=INITIAL_STD)
+    return model
 
 
 def train(path: Path, steps: int = STEPS) -> None:
@@ -107,21 +111,15 @@ def calibration() -> dict[str, Tensor]:
 
 def main() -> None:
     """Parse, train if need be, measure, print."""
-    parser = argparse.ArgumentParser(description="low-bit weights of a wide language model")
+    parser = options("low-bit weights of a wide language model", rounds=30)
     parser.add_argument("--model", type=Path, required=True, help="its weights; trained if there are none")
-    parser.add_argument("--rows", default="*", help="names of the rows to run, a glob; float always runs")
-    parser.add_argument("--passes", nargs="+", metavar="PASSES", help="rows of these passes instead")
     parser.add_argument("--choose", action="store_true", help="measure on the windows that settings are chosen by")
-    parser.add_argument("--rounds", type=int, default=30, help="of the latencies; 0: none")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if not arguments.model.exists():
         train(arguments.model)
-    rows = given(arguments.passes) if arguments.passes else ROWS
-    with tempfile.TemporaryDirectory() as folder:
-        model, windows = load(arguments.model), held_out(slice(1) if arguments.choose else slice(1, 4))
-        table = Table(model, Path(folder), arguments.rounds, calibration(), windows)
-        write(table, rows, chosen(rows, arguments.rows))
+    windows = held_out(slice(1) if arguments.choose else slice(1, 4))
+    measure(arguments, ROWS, load(arguments.model), calibration(), windows)
 
 
 if __name__ == "__main__":
