@@ -1,9 +1,9 @@
 """Low-bit weights where layers are wide: python -m tools.bench.wide_lm --model PATH [--rows GLOB]
 
 A language model of tools.models' family, one block of width 1024: layers of 1024 x 1024 (4 of them) and 1024 x 2048
-(2), wide enough for codebooks to pay. It is trained on the documentation's bytes if PATH is not there, about half an hour
-of one core that multiplies bfloat16, and is not committed (18 MB). Training that was stopped goes on where it last was
-saved, PATH.part.
+(2), wide enough for codebooks to pay. It is trained on the documentation's bytes if PATH is not there, about half an
+hour of one core that multiplies bfloat16, and is not committed (18 MB). Training that was stopped goes on where it last
+was saved, PATH.part.
 
 Columns are those of tools.bench.lowbit_lm, measured on 192 held-out windows of 128 bytes; settings are chosen on 64
 others (--choose). Training text and windows come from the installed Python's pydoc_data, so figures move with it.
