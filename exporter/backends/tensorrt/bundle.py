@@ -129,7 +129,7 @@ def finish(
             timeout_s=timeout_s,
         )
     weights = packed_weights(model)
-    stored = stored_weights(build, weights, _int8_codes(model, weights))
+    stored = stored_weights(build, weights, _codes(model, weights))
     parts = {
         layer.name: [part for part in stored if part.weight.name.startswith(layer.codes)] for layer in bundle.layers
     }
@@ -175,8 +175,8 @@ def _initializer_sizes(model: Path) -> dict[str, int]:
     }
 
 
-def _int8_codes(model: Path, weights: Sequence[PackedWeight]) -> dict[str, npt.NDArray[np.int8]]:
-    """The codes of the int8 weights, which can be looked for in an engine file."""
-    wanted = {weight.name for weight in weights if weight.dtype == "int8"}
+def _codes(model: Path, weights: Sequence[PackedWeight]) -> dict[str, npt.NDArray[np.generic]]:
+    """The codes of the weights, which can be compared and, where they are bytes, looked for in an engine file."""
+    wanted = {weight.name for weight in weights}
     tensors = onnx.load(str(model)).graph.initializer
     return {tensor.name: numpy_helper.to_array(tensor) for tensor in tensors if tensor.name in wanted}

@@ -11,6 +11,7 @@ times the size, in an engine that still computes the right answer. Three things 
 2. Kernels that name no DequantizeLinear are matched by type and dims alone, each constant counted once.
 3. int8 codes are stored verbatim, row by row (channels last for convolutions), so rows of 16 bytes or more found in the
    engine file prove a weight compressed where there is no table. int4 codes are reordered and cannot be found so.
+4. TensorRT merges weights of the same codes (a layer that is called twice) and names one of them: it stands for all.
 """
 
 import mmap
@@ -106,23 +107,30 @@ def node_name(node: onnx.NodeProto) -> str:
 
 
 def folded_weights(
-    build: EngineBuild, expected: Sequence[PackedWeight], codes: Mapping[str, npt.NDArray[np.int8]] | None = None
+    build: EngineBuild, expected: Sequence[PackedWeight], codes: Mapping[str, npt.NDArray[np.generic]] | None = None
 ) -> list[str]:
     """Names of the expected weights that the engine does not hold compressed, in their order."""
     return [stored.weight.name for stored in stored_weights(build, expected, codes) if stored.state != "compressed"]
 
 
 def stored_weights(
-    build: EngineBuild, expected: Sequence[PackedWeight], codes: Mapping[str, npt.NDArray[np.int8]] | None = None
+    build: EngineBuild, expected: Sequence[PackedWeight], codes: Mapping[str, npt.NDArray[np.generic]] | None = None
 ) -> tuple[StoredWeight, ...]:
-    """How the engine stores each expected weight. `codes`, int8 arrays by weight name, allow evidence 3."""
+    """How the engine stores each expected weight. `codes`, arrays by weight name, allow evidence 3 and 4."""
+    codes = codes or {}
     holders = _holders(build.layers, expected)
+    for weight in [weight for weight in expected if weight not in holders]:
+        twin = next((other for other in holders if _equal(weight, other, codes)), None)
+        if twin is not None:
+            holders[weight] = holders[twin]
     stored = []
     for weight in expected:
         state: Literal["compressed", "folded", "missing"]
-        if _folded(build.layers, weight, weight in holders):
+        if prod(weight.dims) == 1:
+            state = "compressed"  # a literal in a kernel's code: there is nothing to pack
+        elif _folded(build.layers, weight, weight in holders):
             state = "folded"
-        elif weight in holders or _verbatim(build.engine, (codes or {}).get(weight.name)):
+        elif weight in holders or (weight.dtype == "int8" and _verbatim(build.engine, codes.get(weight.name))):
             state = "compressed"
         else:
             state = "missing"
@@ -205,11 +213,16 @@ def _folded(layers: Sequence[EngineLayer], weight: PackedWeight, held: bool) -> 
     )
 
 
+def _equal(weight: PackedWeight, other: PackedWeight, codes: Mapping[str, npt.NDArray[np.generic]]) -> bool:
+    one, two = codes.get(weight.name), codes.get(other.name)
+    return weight.dtype == other.dtype and one is not None and two is not None and np.array_equal(one, two)
+
+
 def _has_type(tensors: Sequence[EngineTensor], dtype: str) -> bool:
     return any(tensor.dtype == dtype for tensor in tensors)
 
 
-def _verbatim(engine: Path, codes: npt.NDArray[np.int8] | None) -> bool:
+def _verbatim(engine: Path, codes: npt.NDArray[np.generic] | None) -> bool:
     """Rows spread over the codes are all in the engine file: as they are, transposed or with channels last."""
     if codes is None or codes.ndim < 2:
         return False

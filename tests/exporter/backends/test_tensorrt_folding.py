@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx
 import pytest
@@ -104,6 +105,20 @@ def test_stacked_weights_share_a_constant_that_has_room_for_all() -> None:
 def test_one_constant_does_not_stand_for_two_weights() -> None:
     both = layer(("a_dq", "b_dq"), ("Int8", (64, 48)), ("Half", (64, 48)))
     assert len(folded_weights(engine_of(both), [weight("a", 64, 48), weight("b", 64, 48)])) == 1
+
+
+def test_a_constant_stands_for_all_weights_of_its_codes() -> None:
+    merged = engine_of(layer(("b_dq", "a_mm"), ("FP8", (64, 48))), layer(("b_dq", "b_mm"), ("FP8", (64, 48))))
+    a, b = (weight(name, 64, 48, dtype="fp8") for name in "ab")
+    codes = np.arange(64 * 48).reshape(64, 48).clip(max=400).astype(ml_dtypes.float8_e4m3fn)
+    assert folded_weights(merged, [a, b], {"a": codes, "b": codes}) == []
+    assert folded_weights(merged, [a, b], {"a": codes, "b": codes[::-1]}) == ["a"]
+
+
+def test_a_single_number_is_not_missed() -> None:
+    scaled = layer(("w_dq", "scale_dq", "w_mm"), ("Int8", (64, 1)), ("Float", (1,)), kind="kgen")
+    found = stored_weights(engine_of(scaled), [weight("w", 64, 1), weight("scale", 1, 1)])
+    assert [part.state for part in found] == ["compressed", "compressed"]
 
 
 def test_layers_without_names_are_counted_by_shape() -> None:
