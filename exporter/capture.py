@@ -135,7 +135,10 @@ def own_tensors(module: nn.Module) -> None:
 
 
 def dynamic_axes(program: torch.export.ExportedProgram, graph: fx.GraphModule) -> dict[str, dict[int, str]]:
-    """The free axes of the graph's inputs; an axis 0 that all share is called batch, other axes by their symbol."""
+    """The free axes of the graph's inputs; an axis 0 that all share is called batch, other axes by their symbol.
+
+    A length that is computed from a symbol (2*s39 of an even axis) is called after the first axis that has it: x_2.
+    """
     symbols: dict[str, dict[int, str]] = {}
     for node in inputs_of(graph):
         value = node.meta.get("val")
@@ -145,6 +148,10 @@ def dynamic_axes(program: torch.export.ExportedProgram, graph: fx.GraphModule) -
                 symbols[str(node.target)] = free  # the node of an input called "input" has another name
     first = {axes[0] for axes in symbols.values() if 0 in axes}
     rename = {first.pop(): "batch"} if len(first) == 1 else {}
+    for name, axes in symbols.items():
+        for axis, label in axes.items():
+            if not label.isidentifier():
+                rename.setdefault(label, f"{name}_{axis}")
     return {name: {axis: rename.get(label, label) for axis, label in axes.items()} for name, axes in symbols.items()}
 
 

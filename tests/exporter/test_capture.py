@@ -472,6 +472,17 @@ def test_free_axes_of_an_export_are_found() -> None:
     assert program.dynamic["ids"][1] not in ("", "batch")
 
 
+def test_free_axes_whose_length_is_computed_can_be_lowered(tmp_path: Path) -> None:
+    net, half = nn.Conv2d(3, 4, 2, stride=2), torch.export.Dim("half", min=2, max=8)
+    shapes = {"input": {0: torch.export.Dim("n"), 2: 2 * half, 3: 2 * half}}
+    exported = torch.export.export(net, (torch.ones(2, 3, 8, 8),), dynamic_shapes=shapes)
+    images = {"input": torch.ones(2, 3, 8, 8)}
+    program = capture(exported, Calibration((images,), (images,), "x"), RULES)
+    assert program.dynamic == {"input": {0: "batch", 2: "input_2", 3: "input_2"}}
+    bigger = {"input": torch.ones(3, 3, 6, 6)}
+    assert compiled(program, tmp_path).run(bigger, OnnxRuntime()).shape == (3, 4, 3, 3)
+
+
 def test_without_free_axes_everything_is_static() -> None:
     exported = export_module(Attend(), TEXT, {})
     assert dict(capture(exported, Calibration((TEXT,), (TEXT,), "x"), RULES).dynamic) == {}
