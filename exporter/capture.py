@@ -3,10 +3,13 @@
 The graph keeps its ATen operators whole (batch norm, linear, attention), takes flat inputs by name and returns a flat
 tuple. What inference does not need is dropped: dropout, dtype assertions, casts and slices that change nothing. Layers'
 weights become constants (exporter.constant_weights). Parameters are cloned, because the exported program shares them
-with the user's model; those mapped from a file are not.
+with the user's model; those mapped from a file are not. A model in another type than float32 becomes one in float32
+(exporter.float32).
 """
 
 import copy
+import dataclasses
+import itertools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
@@ -16,9 +19,10 @@ from torch.utils import _pytree as pytree
 
 from exporter.constant_weights import make_weights_constant
 from exporter.errors import InputError
+from exporter.float32 import as_float32, compute_in_float32, other_types
 from exporter.functional import inline_regions, make_functional
 from passes.base import LayerRule, Program, TargetRules
-from passes.calibration import Calibration
+from passes.calibration import Batch, Calibration
 from passes.graph import aten, copy_graph, inputs_of, tidy
 from passes.memory import is_mapped
 
@@ -57,19 +61,35 @@ def flatten(program: torch.export.ExportedProgram) -> tuple[fx.GraphModule, tupl
     module.graph.set_codegen(fx.graph.CodeGen())
     output = module.graph.output_node()
     output.args = (tuple(output.args[0][index] for index in keep),)  # type: ignore[index]  # a flat list of nodes
+    inline_regions(module)
+    if other_types(program):
+        compute_in_float32(module)
     strip(module)
     own_tensors(module)
     graph = copy_graph(module)
     make_weights_constant(graph)
     tidy(graph)
-    return graph, tuple(names[index] for index in keep)
+    return graph, distinct([names[index] for index in keep], {str(node.target) for node in inputs_of(graph)})
 
 
 def outputs_kept(module: fx.GraphModule) -> list[int]:
-    """Indices of the outputs that are tensors computed by the graph; constants and None are dropped."""
+    """Indices of the outputs that are tensors; numbers (sizes of the inputs, too) and None are dropped."""
     values = module.graph.output_node().args[0]
     assert isinstance(values, Sequence)
-    return [index for index, value in enumerate(values) if isinstance(value, fx.Node)]
+    return [
+        index
+        for index, value in enumerate(values)
+        if isinstance(value, fx.Node) and not isinstance(value.meta.get("val"), torch.SymInt | torch.SymFloat)
+    ]
+
+
+def distinct(names: Sequence[str], taken: set[str]) -> tuple[str, ...]:
+    """The names, with a number behind those that another value or `taken` has already."""
+    found: list[str] = []
+    for name in names:
+        numbered = (f"{name}_{count}" for count in itertools.count(1))
+        found.append(next(new for new in itertools.chain([name], numbered) if new not in taken and new not in found))
+    return tuple(found)
 
 
 def output_names(spec: pytree.TreeSpec) -> list[str]:
@@ -86,8 +106,7 @@ def output_names(spec: pytree.TreeSpec) -> list[str]:
 
 
 def strip(module: fx.GraphModule) -> None:
-    """Inline regions, drop what does nothing at inference, and leave no in-place operator."""
-    inline_regions(module)
+    """Drop what does nothing at inference, and leave no in-place operator."""
     drop(module.graph, shares_memory)  # first, so that in-place operators see which values are one
     make_functional(module.graph)
     drop(module.graph, copies_only)
@@ -166,6 +185,10 @@ def capture(
 ) -> Program:
     """The Program of an exported model. `dynamic` gives labels for free axes; None takes them from the export."""
     graph, names = flatten(exported)
+    if other_types(exported):
+        calibration = dataclasses.replace(
+            calibration, batches=_in_float32(calibration.batches), holdout=_in_float32(calibration.holdout)
+        )
     return Program(
         graph=graph,
         reference=copy_graph(graph),
@@ -176,3 +199,7 @@ def capture(
         layer_rules=tuple(layer_rules),
         seed=seed,
     )
+
+
+def _in_float32(batches: Sequence[Batch]) -> tuple[Batch, ...]:
+    return tuple({name: as_float32(value) for name, value in batch.items()} for batch in batches)

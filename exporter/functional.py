@@ -27,11 +27,11 @@ AUTOCAST = torch.ops.higher_order.wrap_with_autocast
 
 
 def inline_regions(module: fx.GraphModule) -> None:
-    """Replace regions under no_grad, or under a disabled autocast, by their nodes: at inference they change nothing."""
+    """Replace regions under no_grad or autocast by their nodes: the one changes nothing, the other the types alone."""
     for node in list(module.graph.nodes):
         if node.target is SET_GRAD:
             region, arguments = node.args[1], node.args[2:]
-        elif node.target is AUTOCAST and node.args[2] is False:
+        elif node.target is AUTOCAST:
             region, arguments = node.args[4], node.args[5:]
         else:
             continue

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from exporter.capture import Dynamic, export_module, flatten
 from exporter.errors import InputError
+from exporter.float32 import other_types
 from exporter.load import Loaded
 from exporter.recipe import Recipe
 from exporter.recipe_values import InputSpec
@@ -43,10 +44,15 @@ class Prepared:
 def prepare(loaded: Loaded, recipe: Recipe, given: object = None) -> Prepared:
     """Export what needs exporting and cut the samples. `given` is calibration data from Python, instead of --calib."""
     if loaded.program is not None:
-        return _prepare_program(loaded.program, recipe, given)
-    assert loaded.module is not None
-    folder = loaded.path if loaded.kind == "huggingface" else None
-    return _prepare_module(loaded.module, recipe, given, folder)
+        prepared = _prepare_program(loaded.program, recipe, given)
+    else:
+        assert loaded.module is not None
+        folder = loaded.path if loaded.kind == "huggingface" else None
+        prepared = _prepare_module(loaded.module, recipe, given, folder)
+    if types := other_types(prepared.program):
+        note = f"the model computes in {' and '.join(types)}: compiled in float32, its inputs and outputs included"
+        return dataclasses.replace(prepared, warnings=(*prepared.warnings, note))
+    return prepared
 
 
 def _prepare_program(program: torch.export.ExportedProgram, recipe: Recipe, given: object) -> Prepared:

@@ -113,16 +113,17 @@ class AbsorbBias(Pass):
         _apply(program, moves)
         graph.recompile()
         after = run_graph(graph, batches)
-        shift = max(
+        shifts = [
             float((new - old).abs().max())
             for new_batch, old_batch in zip(after, before, strict=True)
             for new, old in zip(new_batch, old_batch, strict=True)
-        )
+            if new.is_floating_point()
+        ]
         return PassResult(
             tuple(move.pair.name for move in moves),
             tuple(skipped),
             {
-                "float_shift_max_abs": shift,
+                "float_shift_max_abs": max(shifts, default=0.0),
                 "channels": sum(int((move.shift > 0).sum()) for move in moves),
                 "border_images": sum(move.border is not None for move in moves),
             },

@@ -66,7 +66,26 @@ def export(
     assert program is not None
     model = program.model
     model.ir_version = IR_VERSION
+    _name_outputs(model.graph, output_names)
     return model
+
+
+def _name_outputs(graph: ir.Graph, names: Sequence[str]) -> None:
+    """Give every output its name, and a node of its own to those that are inputs, constants or another output."""
+    for value in [value for node in graph for value in node.outputs]:
+        if value.name in names and not value.is_graph_output():
+            value.name = f"{value.name}/value"
+    for index, (value, name) in enumerate(zip(graph.outputs, names, strict=True)):
+        if value.producer() is None:
+            if value.is_initializer():
+                del graph.initializers[str(value.name)]
+                value.name = f"{name}/value"
+                graph.register_initializer(value)
+            identity = ir.node("Identity", [value], name=f"{name}/Identity")
+            graph.append(identity)
+            identity.outputs[0].shape, identity.outputs[0].type = value.shape, value.type
+            graph.outputs[index] = value = identity.outputs[0]
+        value.name = name
 
 
 @contextlib.contextmanager
