@@ -94,6 +94,10 @@ PRODUCTS = frozenset(
         "einsum",
     ]
 )
+
+WITH_NUMBERS = frozenset(["add", "sub", "rsub", "mul", "div", "clamp", "clamp_min", "clamp_max", "hardtanh"])
+"""Operators whose numbers are inputs in ONNX, of the type of the others; those of the rest are attributes in float32."""
+
 ATTENTION = aten.scaled_dot_product_attention.default
 ALWAYS_HALF = frozenset({DEQUANTIZE, DEQUANTIZE_CODEBOOK, FAKE_QUANTIZE, LINEAR, CONV_WEIGHT, MATRIX, EMBEDDING})
 
@@ -250,8 +254,9 @@ class _Caster:
         for source in list(node.all_input_nodes):
             node.replace_input_with(source, self._operand(source, half=half))
         if half:
-            node.args = map_aggregate(node.args, self._within)
-            node.kwargs = map_aggregate(node.kwargs, self._within)
+            fit = self._rounded if packet(node) in WITH_NUMBERS else self._within
+            node.args = map_aggregate(node.args, fit)
+            node.kwargs = map_aggregate(node.kwargs, fit)
 
     def _scale_queries(self, node: fx.Node) -> None:
         """Attention on scaled queries: torch.onnx would multiply queries and keys by a rounded square root."""
@@ -282,6 +287,11 @@ class _Caster:
         if isinstance(value, float) and math.isfinite(value) and abs(value) > limit:
             return math.copysign(limit, value)
         return value
+
+    def _rounded(self, value: Any) -> Any:
+        """A number as the file has it: a constant of the type."""
+        value = self._within(value)
+        return torch.tensor(value).to(self._dtype).item() if isinstance(value, float) else value
 
     def _operand(self, node: fx.Node, *, half: bool) -> fx.Node:
         """The node's value in the type that is wanted."""

@@ -58,6 +58,10 @@ SMALLEST_SPLIT = 16
 below it the repeated scales would outweigh the codes."""
 
 
+DECODED = "decoded at every run"
+"""Behind the format of a layer whose float matrix is made of the codes, and its scales of theirs, while it runs."""
+
+
 class TensorRTDialect(Dialect):
     """Collects in `layers` how every quantized layer was stored.
 
@@ -116,7 +120,7 @@ class TensorRTDialect(Dialect):
             matrix, kind = packed.codebook_matrix(b, weight, kind_of(node)), "aq_codebook"
         else:
             matrix, kind = packed.affine_matrix(b, weight, kind_of(node)), f"int{weight.bits}"
-        self._record(b, node, f"{kind} decoded at every run")
+        self._record(b, node, f"{kind} {DECODED}")
         return matrix
 
     def conv_weight(self, b: Builder, node: Node) -> ir.Value:

@@ -18,7 +18,7 @@ from exporter.backends.tensorrt.bundle import MODEL, Bundle, write_bundle
 from exporter.backends.tensorrt.cast import TYPES, cast, float_softmax, overflows, rounded_weight, typed
 from exporter.backends.tensorrt.dialect import TensorRTDialect
 from exporter.backends.tensorrt.plugin_dialect import KernelFiles, PluginDialect, kernel_files, write_kernels
-from exporter.backends.tensorrt.plugin_rounding import rounded_in_plugins
+from exporter.backends.tensorrt.plugin_rounding import rounded_in_plugins, rounded_scales
 from exporter.backends.tensorrt.profiles import choose_profiles, largest_axes
 from exporter.lowering.fuse import Fused, fuse
 from exporter.lowering.lowered import Dtype, Lowered, WeightsAs
@@ -109,6 +109,8 @@ class TensorRTBackend(Backend):
         if self.dtype == "float32":
             written = rounded_in_plugins(written, layers, activations=True)
             graph = rounded_in_plugins(graph, layers, activations=False)
+        else:
+            graph = rounded_scales(graph, layers, TYPES[self.dtype])
         artifact = Artifact("tensorrt", folder / MODEL, inputs, program.output_names)
         return Lowered(artifact, graph, written, layers, taps)
 

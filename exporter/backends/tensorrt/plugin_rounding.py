@@ -1,7 +1,8 @@
-"""What plugins do to a float32 network, in its lowered graph: they read, hold and yield 16 bits.
+"""What the file rounds to 16 bits while a lowered graph computes in float32; the graphs it is held to say it too.
 
-The file casts activations to float16 in front of a plugin and back behind it, and stores the weight's numbers in
-float16. That is part of what the file says, so the graphs that the file is held to say it too.
+Plugins read, hold and yield 16 bits: the file of a float32 network casts activations to float16 in front of a plugin and
+back behind it, and stores the weight's numbers in float16. The file of a network in 16 bits stores scales and zero
+points in them.
 """
 
 from collections.abc import Collection
@@ -9,9 +10,10 @@ from collections.abc import Collection
 import torch
 from torch import fx
 
+from exporter.backends.tensorrt.dialect import DECODED
 from exporter.lowering.fuse import put_behind
 from exporter.lowering.lowered import LoweredLayer
-from exporter.lowering.ops import LINEAR, MATRIX
+from exporter.lowering.ops import CONV_WEIGHT, EMBEDDING, LINEAR, MATRIX
 from passes.graph import add_tensor, aten, call_before, copy_graph, get_tensor, tidy
 from passes.ops import DEQUANTIZE, DEQUANTIZE_CODEBOOK
 
@@ -32,11 +34,12 @@ def rounded_in_plugins(graph: fx.GraphModule, layers: Collection[LoweredLayer], 
     for node in list(graph.graph.nodes):
         if node.target not in (LINEAR, MATRIX) or node.args[-1] not in plugins:
             continue
-        _round_weight(graph, node, exact=plugins[node.args[-1]].endswith(META))
+        if not plugins[node.args[-1]].endswith(META):
+            _round_weight(graph, node, torch.float16)
         if node.target is LINEAR:
             value, weight, bias, *rest = node.args
-            value = _rounded(graph, value, node) if activations else value
-            bias = None if bias is None else _rounded(graph, bias, node)
+            value = _rounded(graph, value, node, torch.float16) if activations else value
+            bias = None if bias is None else _rounded(graph, bias, node, torch.float16)
             node.args = (value, weight, bias, *rest)
         if not activations:
             continue
@@ -46,19 +49,32 @@ def rounded_in_plugins(graph: fx.GraphModule, layers: Collection[LoweredLayer], 
     return graph
 
 
-def _round_weight(graph: fx.GraphModule, node: fx.Node, *, exact: bool) -> None:
+def rounded_scales(graph: fx.GraphModule, layers: Collection[LoweredLayer], dtype: torch.dtype) -> fx.GraphModule:
+    """A copy of the float32 graph with the scales and zero points in `dtype` that the file has as constants of it.
+
+    The graph makes some of bytes of their own at every run, and so does the file where it decodes the weight then.
+    """
+    made = {layer.name for layer in layers if not layer.format.endswith((DECODED, META))}
+    graph = copy_graph(graph)
+    for node in list(graph.graph.nodes):
+        if node.target in (LINEAR, MATRIX, CONV_WEIGHT, EMBEDDING) and node.args[-1] in made:
+            _round_weight(graph, node, dtype)
+    tidy(graph)
+    return graph
+
+
+def _round_weight(graph: fx.GraphModule, node: fx.Node, dtype: torch.dtype) -> None:
     """The numbers that the node's weight is made of; codes are none."""
     source = node.args[1] if node.target is LINEAR else node.args[0]
     assert isinstance(source, fx.Node)
     assert source.target in (DEQUANTIZE, DEQUANTIZE_CODEBOOK)
     for value in source.all_input_nodes[1:]:
-        if not exact:
-            source.replace_input_with(value, _rounded(graph, value, source))
+        source.replace_input_with(value, _rounded(graph, value, source, dtype))
 
 
-def _rounded(graph: fx.GraphModule, value: fx.Node, before: fx.Node) -> fx.Node:
-    """The value in float16, and float32 again; a constant is rounded here and now."""
+def _rounded(graph: fx.GraphModule, value: fx.Node, before: fx.Node, dtype: torch.dtype) -> fx.Node:
+    """The value in 16 bits, and float32 again; a constant is rounded here and now."""
     if value.op == "get_attr":
-        return add_tensor(graph, f"{value.target}_16", get_tensor(graph, value).half().float(), before)
-    half = call_before(graph, before, aten.to.dtype, (value, torch.float16))
+        return add_tensor(graph, f"{value.target}_16", get_tensor(graph, value).to(dtype).float(), before)
+    half = call_before(graph, before, aten.to.dtype, (value, dtype))
     return call_before(graph, before, aten.to.dtype, (half, torch.float32))

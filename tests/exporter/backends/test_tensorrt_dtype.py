@@ -24,7 +24,7 @@ from passes.calibration import run_graph
 from passes.ops import fake_quantize
 from passes.rtn import RTN
 from runtimes.ort import OnnxRuntime
-from tests.exporter.backends.test_onnx_lowbit import Make, affine, codebooks
+from tests.exporter.backends.test_onnx_lowbit import Make, affine, codebooks, with_weights
 from tests.exporter.backends.test_tensorrt_packed import SAME, Pair, numbers, pair
 from tests.exporter.compiled import program_of, quantized, sqnr
 from tests.passes.nets import seeded
@@ -167,6 +167,20 @@ def test_packed_weights_and_plugins_take_the_type(make: Make, plugins: bool, dty
         assert HALVES[dtype] in {types[name] for name in call.input if name in types}
     if plugins:
         assert len(casts) == 2  # at the network's input and output
+
+
+@pytest.mark.ort
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_scales_made_of_bytes_and_numbers_are_rounded_as_the_file_has_them(dtype: Dtype, tmp_path: Path) -> None:
+    class Scaled(Pair):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.first(x * 0.35355339) - 0.1)
+
+    program = program_of(seeded(lambda: Scaled(64, 64)), numbers(4, 3, 64), rules=TensorRTBackend.rules)
+    with_weights(program, {name: affine(4, 64, meta=128) for name in ("first", "second")})
+    lowered = TensorRTBackend(dtype=dtype).lower(program, tmp_path)
+    with in_float32(lowered) as wide:
+        assert sqnr(run(lowered.graph, program), output(wide, program)) >= SAME
 
 
 class Loud(nn.Module):
