@@ -96,7 +96,7 @@ PRODUCTS = frozenset(
 )
 
 WITH_NUMBERS = frozenset(["add", "sub", "rsub", "mul", "div", "clamp", "clamp_min", "clamp_max", "hardtanh"])
-"""Operators whose numbers are inputs in ONNX, of the type of the others; those of the rest are attributes in float32."""
+"""Operators whose numbers are inputs in ONNX, of the type of the others; elsewhere they are float32 attributes."""
 
 ATTENTION = aten.scaled_dot_product_attention.default
 ALWAYS_HALF = frozenset({DEQUANTIZE, DEQUANTIZE_CODEBOOK, FAKE_QUANTIZE, LINEAR, CONV_WEIGHT, MATRIX, EMBEDDING})

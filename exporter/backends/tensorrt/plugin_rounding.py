@@ -1,7 +1,7 @@
 """What the file rounds to 16 bits while a lowered graph computes in float32; the graphs it is held to say it too.
 
-Plugins read, hold and yield 16 bits: the file of a float32 network casts activations to float16 in front of a plugin and
-back behind it, and stores the weight's numbers in float16. The file of a network in 16 bits stores scales and zero
+Plugins read, hold and yield 16 bits: the file of a float32 network casts activations to float16 in front of a plugin
+and back behind it, and stores the weight's numbers in float16. The file of a network in 16 bits stores scales and zero
 points in them.
 """
 
