@@ -92,7 +92,12 @@ class QDoRA(Pass):
         if not program.calibration.batches:
             raise PassError("qdora needs calibration data", fix="give --calib")
         if not any(self._reason_to_skip(program, layer) == "" for layer in program.layers()):
-            raise PassError("qdora finds no linear layer below 8 bits", fix="put it behind a pass such as hqq:bits=3")
+            fix = "put it behind a pass such as hqq:bits=3, which leaves 8 bits to the output head"
+            raise PassError("qdora finds no linear layer below 8 bits", fix=fix)
+        outputs = program.graph.graph.output_node().all_input_nodes
+        if not any(node.meta["val"].is_floating_point() for node in outputs):
+            what = "qdora is fitted to floating-point outputs, and the model has none"
+            raise PassError(what, fix="compile the model without its argmax, or leave qdora out")
 
     def run(self, program: Program) -> PassResult:
         """Fit, train, and put the adapters in the graph. Losses are over all calibration data."""
@@ -105,12 +110,12 @@ class QDoRA(Pass):
                 skipped.append(Skip(layer.name, reason))
             else:
                 layers.append(layer)
+        weights = sum(layer.weight.meta["val"].numel() for layer in layers)
         with single_thread():
             adapters, measured = self._learn(program, layers)
         for layer in layers:
             attach(program.graph, layer, adapters[layer.name], self.bits)
         added = sum(adapter.lora_a.numel() + adapter.lora_b.numel() for adapter in adapters.values())
-        weights = sum(layer.weight.meta["val"].numel() for layer in layers)
         return PassResult(tuple(adapters), tuple(skipped), {**measured, "parameters_added": added / weights})
 
     def _reason_to_skip(self, program: Program, layer: Layer) -> str:

@@ -42,6 +42,27 @@ def run(*passes: Pass, rules: tuple[LayerRule, ...] = (), seed: int = 0) -> tupl
     return found, Pipeline(passes, PASSES).run(found)
 
 
+class Decides(Blocks):
+    """Gives the largest output's place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).argmax(-1)
+
+
+class Products(nn.Module):
+    """addmm, whose bias an adapter that the base's scales cannot take in moves behind itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.bias, self.first = nn.Parameter(torch.randn(48)), nn.Parameter(torch.randn(DIM, 48))
+        self.second = nn.Linear(48, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.second(torch.relu(torch.addmm(self.bias, x, self.first)))
+        return y
+
+
 def distance(program: Program) -> float:
     """Relative squared error of the outputs over the calibration data."""
     wanted = outputs(program.reference, program)
@@ -216,7 +237,16 @@ def test_options_that_make_no_sense(options: dict[str, object], what: str) -> No
         QDoRA(**options)  # type: ignore[arg-type]  # on purpose
 
 
+def test_a_bias_that_an_adapter_takes_off_its_layer() -> None:
+    program = program_of(Products(), {"x": torch.randn(32, DIM)})
+    records = Pipeline((HQQ(bits=2, group_size=16), QDoRA(rank=4, steps=0)), PASSES).run(program)
+    parameters = 4 * (DIM + 48)
+    assert records[-1].result.measured["parameters_added"] == parameters / (DIM * 48)
+
+
 def test_refusals() -> None:
+    with pytest.raises(PassError, match="the model has none"):
+        Pipeline((LOW, QDoRA()), PASSES).run(program_of(Decides(), {"x": torch.randn(8, DIM)}))
     with pytest.raises(PassError, match="no linear layer below 8 bits"):
         run(QDoRA())
     with pytest.raises(PassError, match="no linear layer below 8 bits"):
