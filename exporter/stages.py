@@ -52,11 +52,10 @@ def stage_of(noises: Noises) -> Stage:
 
 
 def _largest(noises: Noises) -> tuple[str, bool]:
-    own = {stage: _energy(value) for stage, value in noises.own.items()}
-    usual = max(own.get(QUANTIZATION, 0.0), _energy(FLOAT_SUMS_DB))
     for stage in EXACT_STAGES:
-        if own.get(stage, 0.0) > usual or noises.typical.get(stage, EXACT_DB) < FLOAT_SUMS_DB:
+        if _is_off(stage, noises):
             return stage, False
+    own = {stage: _energy(value) for stage, value in noises.own.items()}
     total = {stage: _energy(value) for stage, value in noises.total.items()}
     shares = {}
     for stage in own:
@@ -66,6 +65,12 @@ def _largest(noises: Noises) -> tuple[str, bool]:
     return max(shares, key=lambda key: shares[key])
 
 
+def _is_off(stage: str, noises: Noises | Stage) -> bool:
+    """True when a stage that should change nothing makes more noise of its own here than it may."""
+    usual = max(_energy(noises.own.get(QUANTIZATION, EXACT_DB)), _energy(FLOAT_SUMS_DB))
+    return _energy(noises.own.get(stage, EXACT_DB)) > usual or noises.typical.get(stage, EXACT_DB) < FLOAT_SUMS_DB
+
+
 def _energy(db: float) -> float:
     """Noise relative to the signal."""
     return 0.0 if db >= EXACT_DB else float(10 ** (-db / 10))
@@ -73,7 +78,7 @@ def _energy(db: float) -> float:
 
 def is_fault(stage: Stage | None) -> TypeGuard[Stage]:
     """True when a stage that should change nothing begins to here."""
-    return stage is not None and stage.name in EXACT_STAGES and not stage.inherited
+    return stage is not None and stage.name in EXACT_STAGES and not stage.inherited and _is_off(stage.name, stage)
 
 
 def source(layers: Sequence[LayerDiff]) -> LayerDiff | None:

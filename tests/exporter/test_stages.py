@@ -73,6 +73,9 @@ def test_a_stage_in_words() -> None:
         "the file begins to differ here (behind before) from the graph it was written from: "
         "12.0 dB, a typical row 11.0 dB, quantization 40.0 dB"
     )
+    exact = stage_of(noises({"quantization": EXACT_DB, "tensorrt dialect": 142.0}))
+    assert (exact.name, is_fault(exact)) == ("tensorrt dialect", False)  # sums in another order, and no other noise
+    assert describe(exact).startswith("tensorrt dialect, mostly of its own")
     carried = stage_of(noises({"quantization": 40.0, "lowering": EXACT_DB}, {"quantization": 38.0, "lowering": 9.0}))
     assert not is_fault(carried)
     assert own_stage(carried) == "quantization"
