@@ -99,7 +99,7 @@ def _built(place: BundlePlace, given: Path) -> Path:
 
 
 def _flavor_of(engine: Path) -> Flavor:
-    """The flavor in the report beside it; of an engine that was built later the one that `qexport build` takes here."""
+    """The flavor in the report beside it; of an engine without one that which `qexport build` takes here."""
     report = engine.with_name(REPORT)
     if report.is_file():
         try:

@@ -5,9 +5,11 @@ from pathlib import Path
 
 from exporter.backends.tensorrt.build import BuildError, EngineBuild, available_flavor
 from exporter.backends.tensorrt.bundle import DESCRIPTION, finish
+from exporter.engine import engine_facts
 from exporter.errors import InputError, TargetError
 from exporter.output import MANIFEST, add_to_manifest
 from exporter.recipe import Recipe
+from exporter.report_files import REPORT, add_engine
 
 ENGINE = "model.engine"
 BUNDLE = "trt"
@@ -36,7 +38,7 @@ def build_bundle(bundle: Path, recipe: Recipe, *, force: bool = False) -> Engine
     """Build `bundle` into model.engine, with the recipe's TensorRT options.
 
     `bundle` is an output folder or its trt folder, and the engine then lies where compile would have put it, in the
-    manifest too; or a bundle that was carried here alone, and the engine lies in it.
+    manifest and report too; or a bundle that was carried here alone, and the engine lies in it.
     Raises InputError for a folder that is no bundle, holds an engine already (without `force`) or cannot be written,
     and TargetError when there is no TensorRT here, its builder fails, or it folded a quantized weight back to float.
     """
@@ -56,6 +58,8 @@ def build_bundle(bundle: Path, recipe: Recipe, *, force: bool = False) -> Engine
         )
         if place.out is not None:
             add_to_manifest(place.out, ENGINE)
+            if (place.out / REPORT).is_file():
+                add_engine(place.out, engine_facts(done), place.engine)
     except ValueError as error:  # the bundle's description, or the manifest
         raise InputError(str(error), where=where) from error
     except BuildError as error:

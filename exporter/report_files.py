@@ -7,6 +7,7 @@ timings.json holds what differs from one run to the next, and only report.html s
               run; runtime is onnxruntime, tensorrt or rtx, and only the first has threads
 """
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 from exporter.errors import InputError
 from exporter.render import html, junit, markdown
-from exporter.report import Report
+from exporter.report import Json, Report
 
 REPORT = "report.json"
 TIMINGS = "timings.json"
@@ -24,9 +25,7 @@ PAGE = "report.html"
 def write_reports(folder: Path, report: Report, seconds: Mapping[str, float]) -> None:
     """Write them all into `folder`; `seconds` is {stage: seconds}."""
     timings = {"seconds": {stage: round(value, 3) for stage, value in seconds.items()}}
-    (folder / REPORT).write_text(report.to_json(), encoding="utf-8")
-    (folder / "report.md").write_text(markdown.render(report), encoding="utf-8")
-    (folder / "junit.xml").write_text(junit.render(report), encoding="utf-8")
+    _write_texts(folder, report)
     _write_timings(folder, report, timings)
 
 
@@ -43,6 +42,28 @@ def add_latency(folder: Path, latency: Mapping[str, Any]) -> None:
         _write_timings(folder, report, {**timings, "latency": latency})
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"its report cannot be brought up to date: {error}", where=str(folder)) from error
+
+
+def add_engine(folder: Path, engine: Mapping[str, Json], file: Path) -> None:
+    """Put an engine that was built of an output folder later, the `file` in it, into its reports.
+
+    `engine` is that section of report.json. Raises InputError when the reports are damaged.
+    """
+    try:
+        report = Report.from_json((folder / REPORT).read_text(encoding="utf-8"))
+        timings = json.loads((folder / TIMINGS).read_text(encoding="utf-8"))
+        files = {**report.sizes.files, file.name: file.stat().st_size}
+        report = dataclasses.replace(report, engine=engine, sizes=dataclasses.replace(report.sizes, files=files))
+        _write_texts(folder, report)
+        _write_timings(folder, report, timings)
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"its report cannot be brought up to date: {error}", where=str(folder)) from error
+
+
+def _write_texts(folder: Path, report: Report) -> None:
+    (folder / REPORT).write_text(report.to_json(), encoding="utf-8")
+    (folder / "report.md").write_text(markdown.render(report), encoding="utf-8")
+    (folder / "junit.xml").write_text(junit.render(report), encoding="utf-8")
 
 
 def _write_timings(folder: Path, report: Report, timings: Mapping[str, Any]) -> None:

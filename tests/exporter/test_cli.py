@@ -234,6 +234,9 @@ def test_build_finishes_a_bundle_into_its_output(
     assert run(["build", str(out / "trt"), "--trt-flavor", "rtx", "--trt-arch", "sm80"]) == 0
     assert "(rtx)" in capsys.readouterr().out
     assert "model.engine" in json.loads((out / "manifest.json").read_text(encoding="utf-8"))["files"]
+    report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    assert report["engine"]["flavor"] == "rtx"
+    assert report["sizes"]["files"]["model.engine"] == (out / "model.engine").stat().st_size
     assert run(["build", str(out), "--trt-flavor", "rtx"]) == 2
     assert "has an engine already" in capsys.readouterr().err
 
