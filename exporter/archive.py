@@ -25,6 +25,7 @@ import ast
 import dataclasses
 import enum
 import functools
+import importlib
 import io
 import json
 import keyword
@@ -417,7 +418,10 @@ def is_source_fns(text: str) -> bool:
 
 
 TREE_TYPES = frozenset({"builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict"})
-MODEL_OUTPUTS = "transformers.modeling_outputs."
+MODEL_OUTPUTS = re.compile(
+    r"(transformers\.(?:modeling_outputs|models\.[a-z0-9_]+\.modeling_[a-z0-9_]+))\.[A-Za-z0-9_]+"
+)
+"""The outputs that transformers' models share, and those of one architecture, which lie beside it."""
 
 
 def is_tree(text: str) -> bool:
@@ -459,12 +463,14 @@ def _is_tree_key(key: Any) -> bool:
 
 
 def _is_tree_type(kind: str) -> bool:
-    if kind.startswith(MODEL_OUTPUTS):
+    if found := MODEL_OUTPUTS.fullmatch(kind):
         # Importing our own dependency registers its outputs as pytrees; the file's word only has to be among them.
         try:
-            import transformers.modeling_outputs  # noqa: F401
+            importlib.import_module(found[1])
         except ImportError as error:
-            raise _Refused(f"output type {_short(kind)} needs transformers: pip install 'qexport[hf]'") from error
+            raise _Refused(
+                f"output type {_short(kind)} needs a transformers that has it: pip install 'qexport[hf]'"
+            ) from error
         return kind in _pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE
     return kind in TREE_TYPES
 

@@ -9,6 +9,7 @@ import abc
 import contextlib
 import io
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx
 
+from exporter.errors import InputError
 from exporter.lowering.ops import DOMAIN, TRANSLATIONS
 from exporter.progress import steps
 from passes.base import silent_step
@@ -46,12 +48,13 @@ def export(
     """The graph as an ONNX model in which `qexport` nodes are still neutral.
 
     `example` are inputs whose free axes are at least 2 long; free axes carry the labels of `dynamic`.
+    Raises InputError for an operator that ONNX has no like of.
     """
     names = [str(node.target) for node in inputs_of(graph)]
     dimensions = {label: torch.export.Dim(label) for axes in dynamic.values() for label in axes.values()}
     automatic = tuple(dict.fromkeys(dynamic.get(name, {}), torch.export.Dim.DYNAMIC) or None for name in names)
     labels = tuple({axis: dimensions[label] for axis, label in dynamic.get(name, {}).items()} or None for name in names)
-    with _quiet():
+    with _quiet(), _untranslated_named():
         exported = torch.export.export(graph, tuple(example[name] for name in names), dynamic_shapes=automatic)
         program = torch.onnx.export(
             exported,
@@ -99,6 +102,24 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(level)
+
+
+@contextlib.contextmanager
+def _untranslated_named() -> Iterator[None]:
+    """An operator that torch.onnx cannot translate, by name in place of torch.onnx's report."""
+    try:
+        yield
+    except torch.onnx.OnnxExporterError as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            if found := re.search(r"No ONNX function found for <OpOverload\(op='([^']+)'", str(cause)):
+                raise InputError(
+                    f"the model uses {found[1]}, for which ONNX has no operator",
+                    where="MODEL",
+                    fix="compute that part by other operators, or outside the model",
+                ) from error
+            cause = cause.__cause__
+        raise
 
 
 class Node:

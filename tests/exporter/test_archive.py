@@ -576,3 +576,19 @@ def test_trees() -> None:
         json.dumps([1, {"type": "transformers.modeling_outputs.os", "context": "[]", "children_spec": []}])
     )
     assert not is_tree("[")
+
+
+@pytest.mark.parametrize(
+    ("kind", "allowed"),
+    [
+        ("transformers.modeling_outputs.BaseModelOutput", True),
+        ("transformers.models.swin.modeling_swin.SwinImageClassifierOutput", True),
+        ("transformers.models.swin.modeling_swin.SwinModel", False),
+        ("transformers.models.swin.modeling_swin.torch.Tensor", False),
+        ("transformers.models.swin.configuration_swin.SwinConfig", False),
+        ("transformers.utils.os", False),
+    ],
+)
+def test_trees_of_model_outputs(kind: str, allowed: bool) -> None:
+    pytest.importorskip("transformers")
+    assert is_tree(json.dumps([1, {"type": kind, "context": "[]", "children_spec": []}])) is allowed

@@ -483,6 +483,12 @@ def test_free_axes_whose_length_is_computed_can_be_lowered(tmp_path: Path) -> No
     assert compiled(program, tmp_path).run(bigger, OnnxRuntime()).shape == (3, 4, 3, 3)
 
 
+def test_an_operator_that_onnx_lacks_is_named(tmp_path: Path) -> None:
+    program = program_of(Body(lambda x: torch.linalg.eigvalsh(x[:, None] * x[:, :, None])), {"x": sample()})
+    with pytest.raises(InputError, match=r"the model uses aten\._linalg_eigh, for which ONNX has no operator"):
+        compiled(program, tmp_path)
+
+
 def test_without_free_axes_everything_is_static() -> None:
     exported = export_module(Attend(), TEXT, {})
     assert dict(capture(exported, Calibration((TEXT,), (TEXT,), "x"), RULES).dynamic) == {}
