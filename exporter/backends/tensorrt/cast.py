@@ -98,6 +98,13 @@ PRODUCTS = frozenset(
 WITH_NUMBERS = frozenset(["add", "sub", "rsub", "mul", "div", "clamp", "clamp_min", "clamp_max", "hardtanh"])
 """Operators whose numbers are inputs in ONNX, of the type of the others; elsewhere they are float32 attributes."""
 
+FLOAT_ONLY = {
+    ir.DataType.FLOAT16: frozenset(["Softmax"]),
+    ir.DataType.BFLOAT16: frozenset(["Softmax", "HardSwish", "Mish"]),
+}
+"""ONNX operators that are not computed in a type: sums (torch.onnx writes attention with a Softmax), and what the
+parser of TensorRT refuses in it."""
+
 ATTENTION = aten.scaled_dot_product_attention.default
 ALWAYS_HALF = frozenset({DEQUANTIZE, DEQUANTIZE_CODEBOOK, FAKE_QUANTIZE, LINEAR, CONV_WEIGHT, MATRIX, EMBEDDING})
 
@@ -332,12 +339,12 @@ def rounded_weight(weight: QuantWeight, dtype: torch.dtype) -> QuantWeight:
     return dataclasses.replace(weight, codebooks=rounded(weight.codebooks), scales=rounded(weight.scales))
 
 
-def float_softmax(model: ir.Model) -> None:
-    """Have every Softmax on 16-bit values (torch.onnx writes attention with one) compute in float32."""
+def float_only(model: ir.Model) -> None:
+    """Have the operators of FLOAT_ONLY compute in float32, casts around them."""
     for node in list(model.graph):
         source, result = node.inputs[0] if node.inputs else None, node.outputs[0]
         kind = result.dtype
-        if node.op_type != "Softmax" or source is None or kind not in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16):
+        if source is None or kind is None or node.op_type not in FLOAT_ONLY.get(kind, ()):
             continue
         wide = ir.node("Cast", [source], attributes={"to": ir.DataType.FLOAT.value}, name=f"{node.name}/float")
         narrow = ir.node("Cast", [result], attributes={"to": kind.value}, name=f"{node.name}/narrow")

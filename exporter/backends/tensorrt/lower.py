@@ -15,7 +15,7 @@ from torch import fx
 from exporter.backends.base import Backend, LoweringError
 from exporter.backends.tensorrt.build import Profile
 from exporter.backends.tensorrt.bundle import MODEL, Bundle, write_bundle
-from exporter.backends.tensorrt.cast import TYPES, cast, float_softmax, overflows, rounded_weight, typed
+from exporter.backends.tensorrt.cast import TYPES, cast, float_only, overflows, rounded_weight, typed
 from exporter.backends.tensorrt.dialect import TensorRTDialect
 from exporter.backends.tensorrt.plugin_dialect import KernelFiles, PluginDialect, kernel_files, write_kernels
 from exporter.backends.tensorrt.plugin_rounding import rounded_in_plugins, rounded_scales
@@ -91,7 +91,7 @@ class TensorRTBackend(Backend):
             graph = cast(found, dtype, hold=torch.float32, memory=program.memory)
             weights = {name: rounded_weight(weight, dtype) for name, weight in weights.items()}
         model = export(written, program.calibration.example(program.dynamic), program.dynamic, program.output_names)
-        float_softmax(model)
+        float_only(model)
         compact = frozenset(
             name for name in weights if program.options_for(name).get("weights_as", self.weights_as) == "compact"
         )

@@ -183,6 +183,17 @@ def test_scales_made_of_bytes_and_numbers_are_rounded_as_the_file_has_them(dtype
         assert sqnr(run(lowered.graph, program), output(wide, program)) >= SAME
 
 
+@pytest.mark.tensorrt
+def test_what_the_parser_does_not_read_in_bfloat16_is_computed_in_float32(tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    net = nn.Sequential(nn.Linear(64, 64), nn.Hardswish(), nn.Linear(64, 64), nn.Mish(), nn.Linear(64, 64))
+    program = quantized(program_of(net, {"input": torch.ones(4, 64)}, rules=TensorRTBackend.rules), RTN())
+    lowered = TensorRTBackend(dtype="bfloat16").lower(program, tmp_path)
+    finish(tmp_path, tmp_path / "model.engine", "rtx")
+    with in_float32(lowered) as wide:
+        assert sqnr(run(lowered.graph, program), output(wide, program)) >= SAME
+
+
 class Loud(nn.Module):
     """A product past float16's largest number."""
 
