@@ -95,7 +95,24 @@ PRODUCTS = frozenset(
     ]
 )
 
-WITH_NUMBERS = frozenset(["add", "sub", "rsub", "mul", "div", "clamp", "clamp_min", "clamp_max", "hardtanh"])
+WITH_NUMBERS = frozenset(
+    [
+        "add",
+        "sub",
+        "rsub",
+        "mul",
+        "div",
+        "clamp",
+        "clamp_min",
+        "clamp_max",
+        "hardtanh",
+        "lerp",
+        "addcmul",
+        "addcdiv",
+        "remainder",
+        "fmod",
+    ]
+)
 """Operators whose numbers are inputs in ONNX, of the type of the others; elsewhere they are float32 attributes."""
 
 FLOAT_ONLY = {
