@@ -21,6 +21,7 @@ from exporter.output import file_sizes
 from exporter.recipe import Recipe
 from exporter.sensitivity import Compute, WorstOutput, noise_alone, quantized_layers, run_all, run_from
 from exporter.validate import LAYER_BATCH
+from passes.adapter_nodes import adapted_layers
 from passes.base import LayerRule, PassError, Program
 from passes.calibration import Batch
 from passes.graph import Layer, find_layers, get_tensor
@@ -110,12 +111,12 @@ def measure_options(recipe: Recipe, quantize: Quantize, progress: Progress) -> O
         made = _first_that_works([_rules(able, width, group_size) for group_size in tried], recipe, quantize)
         if made is None:
             continue
-        program, rules, bits, written = made
+        program, rules, stored, written = made
+        bits = {name: value for name, value in stored.items() if name in twins}  # adapters' own layers are what is left
         quantized = quantized_layers(program)
+        ends = {name: layer.node for name, layer in quantized.items()} | adapted_layers(program.graph)
         computes = {
-            name: noise_alone(program, quantized[name], twins[name], quantized[name].node)[1]
-            for name in rules
-            if name in bits
+            name: noise_alone(program, quantized[name], twins[name], ends[name])[1] for name in rules if name in bits
         }
         noises = _noises(base, twins, computes)
         weights = {name: bits[name] * get_tensor(twin, twins[name].weight).numel() / 8 for name in bits}

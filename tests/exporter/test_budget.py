@@ -113,6 +113,17 @@ def test_a_size_is_met_and_the_report_says_how(sized: Path) -> None:
 
 
 @pytest.mark.ort
+def test_layers_with_adapters_are_chosen_for_with_them(files: Path, tmp_path: Path) -> None:
+    flags = ["--passes", "gptq:bits=3:group_size=32,qdora:rank=4:steps=0"]
+    assert compiled(files, tmp_path / "out", *flags, "--budget", "size<=0.22") == 0
+    report = report_of(tmp_path / "out")
+    assert report.budget is not None
+    assert [entry.name for entry in report.budget.layers] == ["0", "2", "4"]
+    assert {name for entry in report.budget.layers for name in entry.bytes} > {"float"}
+    assert next(entry for entry in report.passes if entry.name == "qdora").changed
+
+
+@pytest.mark.ort
 def test_the_choice_can_be_pinned(files: Path, sized: Path, tmp_path: Path) -> None:
     assert compiled(files, tmp_path / "pinned", "--recipe", str(sized / "chosen.toml")) == 0
     assert (tmp_path / "pinned" / "model.onnx").read_bytes() == (sized / "model.onnx").read_bytes()

@@ -1,5 +1,6 @@
 """Figures of outputs and layers: the bad layer is named, and a fault of the file is told apart from quantization."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,10 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from exporter.errors import InputError
 from exporter.metrics import EXACT_DB
 from exporter.report import LayerDiff
-from exporter.validate import compare_layers, compare_outputs, eager_session, predictor
+from exporter.validate import compare_layers, compare_outputs, eager_session, evaluate_metrics, predictor
 from passes.act_quant import ActQuant
 from passes.base import LayerRule, Pass
 from passes.rtn import RTN
@@ -179,3 +181,15 @@ def test_a_predictor_takes_tensors_and_arrays(result: Compiled) -> None:
     predict = predictor(OnnxRuntime(threads=1).load(result.lowered.artifact))
     x = batch(3)["x"]
     assert np.array_equal(predict({"x": x})["output"], predict({"x": x.numpy()})["output"])
+
+
+def misshapen(predict: Callable[[dict[str, Tensor]], object]) -> dict[str, float]:
+    """For --eval: feeds what no network here takes."""
+    predict({"x": torch.ones(1, 2)})
+    return {}
+
+
+def test_an_evaluation_that_feeds_what_does_not_fit_is_the_users_affair(result: Compiled) -> None:
+    session = eager_session(result.program, result.program.graph)
+    with pytest.raises(InputError, match=r"misshapen failed on eager: RuntimeFault: eager torch failed"):
+        evaluate_metrics(f"{__name__}:misshapen", {"eager": session})
