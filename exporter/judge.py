@@ -13,6 +13,7 @@ from exporter.engine import engine_session
 from exporter.evidence import gather
 from exporter.histograms import layer_histograms
 from exporter.kernels import kernel_of_layers, optimized_kernels
+from exporter.leftovers import left_in_float
 from exporter.lowering.lowered import Dtype, Lowered
 from exporter.progress import steps
 from exporter.recipe import Recipe
@@ -77,7 +78,7 @@ def _judge(
     parity: dict[str, tuple[Session, Session]] = {}
     kernels: Mapping[str, str | None] = engine.kernels if engine else {}
     folded = engine.folded if engine else ()
-    warnings: list[str] = []
+    warnings = list(left_in_float(program))
     runtime = OnnxRuntime(provider=recipe.provider, threads=recipe.threads)
     roomy = fits(program, folder, warnings)
     if "onnx" in lowered:
