@@ -176,15 +176,6 @@ def test_weights_of_every_kind_of_layer(bits: int, symmetric: bool, tmp_path: Pa
     assert any(layer.transposed for layer in checkpoint.layers.values())
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_stays(dtype: torch.dtype, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    program = _program(nn.Linear(9, 5).to(dtype), {"input": torch.randn(3, 9).to(dtype)}, RTN(bits=4, symmetric=False))
-    checkpoint = load_checkpoint(save_checkpoint(program, tmp_path))
-    _assert_holds(checkpoint, program)
-    assert {weight.scale.dtype for weight in checkpoint.weights.values()} == {dtype}
-
-
 def _values(count: int, bits: int = 8) -> AffineWeight:
     """Scales or zero points, quantized."""
     codes = torch.randint(1, 2**bits, (1, count), dtype=torch.uint8)

@@ -19,7 +19,6 @@ from passes.graph import aten, copy_graph, find_layers, get_tensor, set_weight, 
 from passes.layer_inputs import hessian_of
 from passes.ops import DEQUANTIZE
 from passes.rtn import RTN
-from passes.weight_pass import GridPass
 from tests.passes.nets import (
     RULES,
     Decoder,
@@ -326,22 +325,6 @@ def test_data_that_is_missing_or_broken() -> None:
     program.calibration = Calibration(({"x": torch.full((2, 8), torch.nan)},), (), "broken")
     with pytest.raises(PassError, match=r"^first: its inputs are not finite"):
         GPTQ().run(program)
-
-
-@pytest.mark.parametrize("options", [RTN(bits=4, group_size=4), GPTQ(bits=4, group_size=4, symmetric=False)])
-def test_half_precision_stays_half_precision(options: GridPass) -> None:
-    module = seeded(Chain).to(torch.bfloat16)
-    data = ({"x": torch.randn(8, 8, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)},)
-    exported = export_module(module, data[0], {})
-    program = capture(exported, Calibration(data, data, "random"), RULES)
-    layers = {layer.name: weight_of(program.graph, layer) for layer in program.layers()}
-    options.run(program)
-    assert outputs(program.graph, program).dtype is torch.bfloat16
-    if isinstance(options, RTN):
-        expected = rtn.quantize_weight(layers["second"], options)
-        scale = program.graph.get_buffer("second.weight_scale")
-        assert torch.equal(scale.float(), expected.scale)  # nothing is lost by storing it in half precision
-        assert scale.dtype is torch.bfloat16
 
 
 def test_new_weight_keeps_the_form_its_operator_wants() -> None:
