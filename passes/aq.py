@@ -7,6 +7,7 @@ codes, codebooks and scales in turn:
     codes       group by group, each making up for the errors before it (GPTQ with vectors)   passes.aq_start
     rounds      codebooks by conjugate gradients, scales in closed form, codes by beam        passes.aq_codebooks,
                 search, until a round lowers the error by less than `tolerance`               aq_scales, aq_search
+    again       with `loss`: codes row by row, and rounds, for the error at the outputs       passes.aq_outer
 
 The paper has no second line: its codes are those of the k-means until the first beam search. It fits codebooks and
 scales by Adam.
@@ -14,26 +15,30 @@ scales by Adam.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from passes.aq_codebooks import update_codebooks
 from passes.aq_kmeans import first_codebooks, fit_tables
-from passes.aq_rows import Rows, cut_rows, moments_of
+from passes.aq_outer import STEPS, damped_outer, first_codes_by_rows, sweep_coupled
+from passes.aq_rows import Rows, cut_rows, diagonal_blocks, moments_of
 from passes.aq_scales import TABLE_ITERATIONS, group_scales, round_to_tables, update_scales
 from passes.aq_search import sweep
-from passes.aq_start import feedback_of, first_codes
+from passes.aq_start import Feedback, feedback_of, first_codes
+from passes.asymmetric import shifted_weight
 from passes.base import PassError, PassResult, Program, silent_part
 from passes.block_tune import tune_blocks
-from passes.graph import Layer
+from passes.graph import Layer, outputs_of
 from passes.half import half_codebooks, half_scales
 from passes.rtn import RTN
 from passes.threads import single_thread
 from passes.walk import Walk
 from passes.weight_pass import HEAD_BITS, WeightPass, is_head
 from passes.weights import CodebookWeight, QuantWeight, from_value_lines, value_lines
+
+Where = Literal["layer", "mse", "kl"]
 
 MAX_BITS = 8.0
 """Bits a weight past which codebooks do not pay: 8-bit weights are smaller and better."""
@@ -63,6 +68,9 @@ class AQ(WeightPass):
     kmeans_iterations    steps of that
     shuffle              blocks and codebooks are visited in random order
     damp                 for the first codes: added to the Hessian's diagonal, as a fraction of its mean
+    loss                 where errors count. layer: in the layer's output; mse, kl: in the network's outputs, by their
+                         squares, or by the divergence of their softmax (classifiers, language models), see
+                         passes.aq_outer; a layer then also makes up for those before it
     tune                 steps by which codebooks, scales, biases and norms of each block of layers are tuned to the
                          float network's output when all are quantized, see passes.block_tune; 0: none
     tune_rate            learning rate of that
@@ -89,6 +97,7 @@ class AQ(WeightPass):
     kmeans_iterations: int = 10
     shuffle: bool = False
     damp: float = 0.01
+    loss: Where = "layer"
     embeddings: int = 8
     embedding_codebooks: bool = False
     tune: int = 0
@@ -127,6 +136,13 @@ class AQ(WeightPass):
                 raise PassError(
                     f"{self.name}: {option}={value} is not in {low}..{high}", fix=f"see qexport passes {self.name}"
                 )
+        if self.loss not in get_args(Where):
+            raise PassError(f"{self.name}: loss={self.loss} is none", fix="use layer, mse or kl")
+        if self.loss != "layer" and self.out_group_size > 1:
+            raise PassError(
+                f"{self.name}: loss={self.loss} searches row by row, out_group_size={self.out_group_size} ties rows",
+                fix="use out_group_size=1, or loss=layer",
+            )
         for side in ("in", "out"):
             size, block = getattr(self, f"scale_{side}_group_size"), getattr(self, f"{side}_group_size")
             if size % block:
@@ -156,6 +172,13 @@ class AQ(WeightPass):
         """Output groups, and groups of inputs, that share a scale where rows have more than one."""
         high = (self.scale_out_group_size or self.out_group_size) // self.out_group_size
         return high, (self.scale_in_group_size or self.in_group_size) // self.in_group_size
+
+    def requires(self, program: Program) -> None:
+        """Besides what holds for every weight pass: outputs that a loss can be of."""
+        super().requires(program)
+        if self.loss != "layer" and not any(node.meta["val"].is_floating_point() for node in outputs_of(program.graph)):
+            what = f"{self.name}: loss={self.loss} is of floating-point outputs, and the model has none"
+            raise PassError(what, fix="compile the model without its argmax, or use loss=layer")
 
     def run(self, program: Program) -> PassResult:
         """Quantize every layer that can be, in the graph's order, then tune the blocks they are in."""
@@ -218,7 +241,11 @@ class AQ(WeightPass):
 
     def quantize_layer(self, matrix: Tensor, layer: Layer, walk: Walk) -> QuantWeight:
         """quantize_weight with these options, on the layer's second moments."""
-        return quantize_weight(matrix, walk.hessian(layer), self, on_part=walk.on_part)
+        hessian = walk.hessian(layer)
+        if self.loss == "layer":
+            return quantize_weight(matrix, hessian, self, on_part=walk.on_part)
+        target = shifted_weight(matrix, hessian, walk.cross(layer), ridge=self.damp)
+        return quantize_weight(target, hessian, self, outer=walk.outer(layer, self.loss), on_part=walk.on_part)
 
     def quantize_table(self, table: Tensor) -> QuantWeight:
         """With codebooks when asked for: a row is looked up alone, so that all errors count alike."""
@@ -232,6 +259,7 @@ def quantize_weight(
     hessian: Tensor,
     options: AQ,
     *,
+    outer: Tensor | None = None,
     code_penalties: Tensor | None = None,
     devices: Sequence[torch.device] = (),
     on_part: Callable[[str], None] = silent_part,
@@ -239,10 +267,11 @@ def quantize_weight(
     """Quantize `weight` [out, in] for inputs whose second moments are `hessian` = X^T X / n, [in, in].
 
     A grouped convolution has one Hessian for each group: [groups, in, in]; the rows of `weight` fall into as many equal
-    runs, which share the codebooks. code_penalties [num_codebooks, entries] are added to the layer error
-    tr(E H E^T) for every use of an entry. The outputs are worked on in runs on the devices in turn; without any, on
-    the weight's. on_part is told each part of the work as it begins, with the relative error so far. Raises PassError
-    when the blocks do not fit, or numbers are not finite.
+    runs, which share the codebooks. `outer` [out, out] is what errors of two outputs cost together: the error is then
+    tr(outer E H E^T), of groups each by itself. code_penalties [num_codebooks, entries] are added to the layer error
+    tr(E H E^T) for every use of an entry, and do not go with `outer`. The outputs are worked on in runs on the devices
+    in turn; without any, on the weight's. on_part is told each part of the work as it begins, with the relative error
+    so far. Raises PassError when the blocks do not fit, or numbers are not finite.
     """
     hessians = hessian.view(-1, *hessian.shape[-2:])
     reason = options.misfit(len(weight) // len(hessians), weight.shape[1], len(hessians))
@@ -250,10 +279,13 @@ def quantize_weight(
         raise PassError(reason, fix="choose other group sizes or codebook_bits, or leave the layer out (--skip)")
     if not torch.isfinite(hessian).all():
         raise PassError("the layer's inputs are not finite on the calibration data", fix="check the calibration data")
+    if outer is not None and (code_penalties is not None or options.out_group_size > 1):
+        raise PassError("outer goes with neither code_penalties nor out_group_size", fix="leave one of them out")
     if not torch.isfinite(weight).all():
         raise PassError("its weight is not finite", fix="check the model")
     with single_thread(), torch.no_grad():
-        return _Fit(weight, hessians, options, code_penalties, tuple(devices) or (weight.device,), on_part).run()
+        fit = _Fit(weight, hessians, options, outer, code_penalties, tuple(devices) or (weight.device,), on_part)
+        return fit.run()
 
 
 def search_codes(
@@ -302,6 +334,7 @@ class _Fit:
         weight: Tensor,
         hessians: Tensor,
         options: AQ,
+        outer: Tensor | None,
         penalties: Tensor | None,
         devices: tuple[torch.device, ...],
         on_part: Callable[[str], None],
@@ -310,10 +343,10 @@ class _Fit:
         self.generator = torch.Generator().manual_seed(options.seed)
         self.moments = [moments_of(_counted(part), options.in_group_size, options.out_group_size) for part in hessians]
         sizes = options.out_group_size, options.num_codebooks
-        self.runs = cut_rows(weight, self.moments, *sizes, devices, options.sharing)
+        self.outers = None if outer is None else diagonal_blocks(outer, len(weight) // len(hessians))
+        self.runs = cut_rows(weight, self.moments, *sizes, devices, options.sharing, whole=outer is not None)
         self.levels: list[Tensor | None] = [None] * len(self.runs)
-        squares = [(rows.moments.hessian @ rows.weight).mul_(rows.weight).sum() for rows in self.runs]
-        self.whole = sum(map(float, squares)) or 1.0  # tr(W H W^T), what errors are relative to
+        self.whole = self.size()
         scales = self.runs[0].groups // options.sharing[1]
         self.tables = options.scale_bits > 0 and 2**options.scale_bits < scales
 
@@ -324,6 +357,9 @@ class _Fit:
                 group_scales(rows)
         self.begin()
         self.improve()
+        if self.outers is not None:
+            self.couple(self.outers)
+            self.improve()
         if self.tables:
             self.on_part("scales to tables")
             bits = self.options.scale_bits
@@ -336,11 +372,18 @@ class _Fit:
             self.search()
         return self.result()
 
+    def size(self) -> float:
+        """tr(W H W^T), or tr(outer W H W^T): what errors are relative to."""
+        return sum(float((rows.product(rows.weight) * rows.weight).sum()) for rows in self.runs) or 1.0
+
+    def feedbacks(self) -> list[Feedback]:
+        """Of each problem's inputs."""
+        sizes = self.options.in_group_size, self.options.out_group_size
+        return [feedback_of(moments.hessian, *sizes, self.options.damp) for moments in self.moments]
+
     def begin(self) -> None:
         """First codebooks and codes."""
-        options = self.options
-        sizes = options.in_group_size, options.out_group_size
-        feedbacks = [feedback_of(moments.hessian, *sizes, options.damp) for moments in self.moments]
+        options, feedbacks = self.options, self.feedbacks()
         metrics = [feedbacks[rows.problem].metrics_by_group() for rows in self.runs]
         entries, sample = 2**options.codebook_bits, max(options.sample, 2**options.codebook_bits)
         self.on_part("first codebooks")
@@ -350,15 +393,28 @@ class _Fit:
             feedback = feedbacks[rows.problem].to(rows.device)
             first_codes(rows, feedback, self.codebooks.to(rows.device), options.beam_size, self.penalties_on(rows))
 
+    def couple(self, outers: Tensor) -> None:
+        """From here on errors count at the network's outputs; the codes are searched anew for that."""
+        options, feedbacks = self.options, self.feedbacks()
+        for rows in self.runs:
+            rows.outer = damped_outer(outers[rows.problem].to(rows.device))
+            rows.gradient = rows.product(rows.errors)
+        self.whole = self.size()
+        self.on_part(f"codes row by row, error {self.error() / self.whole:.4f}")
+        for rows in self.runs:
+            feedback, books = feedbacks[rows.problem].to(rows.device), self.codebooks.to(rows.device)
+            first_codes_by_rows(rows, feedback, books, options.beam_size, options.tolerance, self.shuffled())
+
     def improve(self) -> None:
         """Rounds of codebooks, scales and codes until the error stops falling."""
         before = self.error()
         for done in range(self.options.rounds):
             self.on_part(f"round {done + 1}, error {before / self.whole:.4f}")
-            self.codebooks = update_codebooks(self.runs, self.codebooks, self.options.codebook_steps)
-            if done == 0 or self.options.scale_bits:  # scales of whole rows hardly move after that
+            steps = max(self.options.codebook_steps, STEPS if self.coupled else 1)
+            self.codebooks = update_codebooks(self.runs, self.codebooks, steps)
+            if done == 0 or self.options.scale_bits or self.coupled:  # scales of whole rows hardly move after that
                 for rows, levels in zip(self.runs, self.levels, strict=True):
-                    update_scales(rows, self.codebooks.to(rows.device), levels)
+                    update_scales(rows, self.codebooks.to(rows.device), levels, STEPS if self.coupled else 1)
             self.search()
             after = self.error()
             if after >= (1 - self.options.tolerance) * before:
@@ -368,8 +424,15 @@ class _Fit:
     def search(self) -> None:
         """Codes for the codebooks and scales as they are."""
         for rows in self.runs:
-            generator = self.generator if self.options.shuffle else None
-            sweep(rows, self.codebooks.to(rows.device), self.options.beam_size, self.penalties_on(rows), generator)
+            books, beam_size = self.codebooks.to(rows.device), self.options.beam_size
+            if rows.outer is None:
+                sweep(rows, books, beam_size, self.penalties_on(rows), self.shuffled())
+            else:
+                sweep_coupled(rows, books, beam_size, self.shuffled())
+
+    def shuffled(self) -> torch.Generator | None:
+        """What draws the order of groups and codebooks, if they are shuffled."""
+        return self.generator if self.options.shuffle else None
 
     def round_values(self) -> bool:
         """Codebook values and scales become numbers that can be stored; True when that changed any."""
@@ -384,6 +447,11 @@ class _Fit:
         for rows in self.runs:
             rows.scales = half_scales(rows.scales.to(self.dtype)).float()
         return bits > 0 or self.dtype.itemsize < self.codebooks.dtype.itemsize
+
+    @property
+    def coupled(self) -> bool:
+        """True when errors count at the network's outputs."""
+        return self.runs[0].outer is not None
 
     def refresh(self) -> None:
         """Bring errors and gradients in step with codebooks and scales that were replaced."""

@@ -32,7 +32,7 @@ def update_codebooks(runs: list[Rows], codebooks: Tensor, steps: int) -> Tensor:
         if not gain > 0:
             break
         changes = [rows.scaled(rows.decode(direction.to(rows.codes.device))) for rows in runs]
-        products = [rows.moments.hessian @ change for rows, change in zip(runs, changes, strict=True)]
+        products = [rows.product(change) for rows, change in zip(runs, changes, strict=True)]
         curved = sum_runs([_gather(rows, product, codebooks) for rows, product in zip(runs, products, strict=True)])
         curvature = (direction * curved).sum()
         if not curvature > 0:
@@ -80,7 +80,7 @@ def _entry_blocks(rows: Rows, entries: int) -> Tensor:
     """A_k over the vectors of a run."""
     groups, d = rows.moments.metrics.shape[:2]
     first = torch.arange(groups, device=rows.codes.device)[:, None] * entries
-    squares = rows.scales.square().expand(groups, -1).reshape(-1)
+    squares = (rows.scales.square() * rows.row_costs()).expand(groups, -1).reshape(-1)
     blocks = []
     for codes in rows.codes:
         weights = torch.zeros(groups * entries, device=squares.device).index_add_(0, (codes + first).view(-1), squares)

@@ -5,6 +5,8 @@ in the order (row of the group, output group), n output groups. A group of ig in
 matrix [d, n] of its n vectors of d = ig og numbers. G = H E, the gradient, is kept in step with every change, and the
 layer error of the run is <E, G>. Between vectors the error couples through H alone: the metric of group g's vectors is
 H_gg (x) I_og, [d, d].
+
+With `outer` (passes.aq_outer) the error is that of the network's outputs: G = H E outer, and rows couple, too.
 """
 
 import dataclasses
@@ -62,6 +64,7 @@ class Rows:
     codes      [num_codebooks, groups, n] int64: adding up by int32 numbers is many times slower
     errors     E = W - Q, as weight
     gradient   G = H E, as weight
+    outer      [n, n] what errors of two rows cost together; without it each counts alone
     """
 
     problem: int
@@ -72,6 +75,7 @@ class Rows:
     errors: Tensor
     gradient: Tensor
     sharing: tuple[int, int] = (1, 1)
+    outer: Tensor | None = None
 
     @property
     def device(self) -> torch.device:
@@ -124,10 +128,30 @@ class Rows:
     def refresh(self, codebooks: Tensor) -> None:
         """Compute errors and gradient from codes, codebooks and scales."""
         torch.sub(self.weight, self.scaled(self.decode(codebooks)), out=self.errors)
-        torch.mm(self.moments.hessian, self.errors, out=self.gradient)
+        self.gradient = self.product(self.errors)
+
+    def product(self, change: Tensor) -> Tensor:
+        """H change, times `outer` where there is one: what the gradient moves by when E moves by `change`."""
+        product = self.moments.hessian @ change
+        return product if self.outer is None else product @ self.outer
+
+    def row_costs(self) -> Tensor:
+        """What errors of each output group cost by themselves, [n]."""
+        return torch.ones_like(self.scales[0]) if self.outer is None else self.outer.diagonal()
+
+    def part(self, which: Tensor, shift: Tensor) -> "Rows":
+        """Some rows by themselves, their weight moved by `shift` [in, rows]; errors and gradient are not set."""
+        weight = self.weight[:, which] + shift
+        empty = torch.empty_like(weight), torch.empty_like(weight)
+        return Rows(self.problem, self.moments, weight, self.scales[:, which], self.codes[:, :, which], *empty)
+
+    def take(self, which: Tensor, part: "Rows", shift: Tensor) -> None:
+        """Codes and errors of a part worked on; the gradient is not brought up to date."""
+        self.codes[:, :, which] = part.codes
+        self.errors[:, which] = part.errors - shift
 
     def step(self, amount: float | Tensor, direction: Tensor, product: Tensor) -> None:
-        """Add amount * direction to Q, product = H direction; an amount for each output group broadcasts."""
+        """Add amount * direction to Q, `product` being the direction's; an amount for each output group broadcasts."""
         if isinstance(amount, Tensor):
             direction, product = direction * amount, product * amount
             amount = 1.0
@@ -135,7 +159,7 @@ class Rows:
         self.gradient.sub_(product, alpha=amount)
 
     def error(self) -> float:
-        """The layer error of the run, tr(E^T H E)."""
+        """The error of the run, tr(E^T H E), or tr(E^T H E outer)."""
         return float((self.errors * self.gradient).sum(dtype=torch.float64))
 
 
@@ -146,14 +170,16 @@ def cut_rows(
     num_codebooks: int,
     devices: Sequence[torch.device],
     sharing: tuple[int, int] = (1, 1),
+    whole: bool = False,
 ) -> list[Rows]:
     """`weight` [out, in] in runs of about OUTPUTS_AT_ONCE outputs; the outputs fall into as many problems as moments.
 
     Runs take turns on the devices. Their scales are one for each output group, or for as many as `sharing` says, the
-    root mean square of these; codes, errors and gradient are not set yet.
+    root mean square of these; codes, errors and gradient are not set yet. With `whole` a problem is one run.
     """
     groups = len(moments[0].metrics)
-    at_once = max(1, OUTPUTS_AT_ONCE // (out_group_size * sharing[0])) * sharing[0]
+    outputs = len(weight) if whole else OUTPUTS_AT_ONCE
+    at_once = max(1, outputs // (out_group_size * sharing[0])) * sharing[0]
     runs: list[Rows] = []
     for index, (problem, given) in enumerate(zip(weight.unflatten(0, (len(moments), -1)), moments, strict=True)):
         local = {device: given.to(device) for device in devices}

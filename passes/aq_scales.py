@@ -3,7 +3,8 @@
 Some groups of an output group share a scale: all of them, none, a few neighbours, or those of the same level when
 scales come from a table of 2^bits numbers a row; and some output groups may share theirs. Q is linear in the scales, so
 along any direction the layer error of such rows is a parabola and the step to its lowest point never raises it. With
-one scale for whole rows this is the exact minimum.
+one scale for whole rows this is the exact minimum. Where rows couple (passes.aq_outer) one
+step serves all of them.
 """
 
 import math
@@ -17,29 +18,37 @@ from passes.aq_rows import Rows
 TABLE_ITERATIONS = 20
 
 
-def update_scales(rows: Rows, codebooks: Tensor, levels: Tensor | None = None) -> None:
-    """Improve the rows' scales; levels [groups, n] says which number of its table each is, if there are tables."""
+def update_scales(rows: Rows, codebooks: Tensor, levels: Tensor | None = None, steps: int = 1) -> None:
+    """Improve the rows' scales; levels [groups, n] says which number of its table each is, if there are tables.
+
+    More than one step goes along conjugate directions.
+    """
     decoded = rows.decode(codebooks)
-    slopes = (rows.vectors(rows.gradient) * decoded).sum(1)  # [groups, n]
-    curvatures = ((rows.moments.metrics @ decoded) * decoded).sum(1)
-    if len(rows.scales) == 1:
-        slopes, curvatures = slopes.sum(0, keepdim=True), curvatures.sum(0, keepdim=True)
-    slopes, curvatures = rows.shared_sum(slopes), rows.shared_sum(curvatures)
-    if levels is not None:
-        slopes, curvatures = _of_level(slopes, levels), _of_level(curvatures, levels)
-    direction = torch.where(curvatures > 0, slopes / curvatures, 0)
-    change = (decoded * direction[:, None]).reshape(rows.weight.shape)
-    product = rows.moments.hessian @ change
-    gain = _of_rows(rows, rows.vectors(rows.gradient * change).sum((0, 1)))
-    curvature = _of_rows(rows, rows.vectors(product * change).sum((0, 1)))
-    amount = torch.where(curvature > 0, gain / curvature, 0)
-    scales = rows.scales + direction * amount
-    # A scale that would change its sign is rather left as it is, with all of its row's.
-    positive = (scales >= 0).all(0)
-    amount = torch.where(_of_rows(rows, (~positive).float()) > 0, 0, amount)
-    rows.scales = rows.scales + direction * amount
-    repeats = rows.weight.shape[1] // len(amount)
-    rows.step(amount.repeat(repeats), change, product)
+    curvatures = _of_scales(rows, ((rows.moments.metrics @ decoded) * decoded).sum(1) * rows.row_costs(), levels)
+    direction, before = torch.zeros_like(curvatures), torch.ones(())
+    for _ in range(steps):
+        slopes = _of_scales(rows, (rows.vectors(rows.gradient) * decoded).sum(1), levels)
+        ahead = torch.where(curvatures > 0, slopes / curvatures, 0)
+        now = (slopes * ahead).sum()
+        direction, before = ahead + direction * (now / before), now
+        change = (decoded * direction[:, None]).reshape(rows.weight.shape)
+        product = rows.product(change)
+        gain = _of_rows(rows, rows.vectors(rows.gradient * change).sum((0, 1)))
+        curvature = _of_rows(rows, rows.vectors(product * change).sum((0, 1)))
+        amount = torch.where(curvature > 0, gain / curvature, 0)
+        scales = rows.scales + direction * amount
+        # A scale that would change its sign is rather left as it is, with all of its row's.
+        positive = (scales >= 0).all(0)
+        amount = torch.where(_of_rows(rows, (~positive).float()) > 0, 0, amount)
+        rows.scales = rows.scales + direction * amount
+        repeats = rows.weight.shape[1] // len(amount)
+        rows.step(amount.repeat(repeats), change, product)
+
+
+def _of_scales(rows: Rows, values: Tensor, levels: Tensor | None) -> Tensor:
+    """Values [groups, n] summed over what has the same scale, for every scale."""
+    values = rows.shared_sum(values.sum(0, keepdim=True) if len(rows.scales) == 1 else values)
+    return values if levels is None else _of_level(values, levels)
 
 
 def _of_level(values: Tensor, levels: Tensor) -> Tensor:
@@ -48,7 +57,9 @@ def _of_level(values: Tensor, levels: Tensor) -> Tensor:
 
 
 def _of_rows(rows: Rows, values: Tensor) -> Tensor:
-    """Values [n] summed over the output groups that share scales, for each of them."""
+    """Values [n] summed over the output groups that share scales, or all if they couple, for each of them."""
+    if rows.outer is not None:
+        return values.sum().expand_as(values)
     high = rows.sharing[0]
     return values.unflatten(0, (-1, high)).sum(1).repeat_interleave(high) if high > 1 else values
 

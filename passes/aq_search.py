@@ -197,7 +197,7 @@ def sweep(
     With a generator groups, and codebooks within a group, come in an order drawn from it.
     """
     groups, size = rows.groups, rows.group_size
-    order = _order(groups, generator).to(rows.codes.device)
+    order = group_order(groups, generator).to(rows.codes.device)
     inverses = rows.inverse_scales()
     hessian, metrics = rows.moments.hessian, rows.moments.metrics
     errors = rows.vectors(rows.errors)
@@ -226,7 +226,7 @@ def sweep(
                 scratch,
                 start=True,
                 beam_size=beam_size,
-                order=_order(len(codes), generator).tolist(),
+                order=group_order(len(codes), generator).tolist(),
                 inverse_square=None if penalties is None else inverse.square(),
             )
             change = old.sub_(group.total(codes, range(len(codes)))).mul_(scale)
@@ -235,5 +235,6 @@ def sweep(
         rows.gradient.addmm_(couplings.T, changes)
 
 
-def _order(count: int, generator: torch.Generator | None) -> Tensor:
+def group_order(count: int, generator: torch.Generator | None) -> Tensor:
+    """0..count-1, shuffled with a generator."""
     return torch.arange(count) if generator is None else torch.randperm(count, generator=generator)

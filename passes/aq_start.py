@@ -52,16 +52,15 @@ def feedback_of(hessian: Tensor, in_group_size: int, out_group_size: int, damp: 
     diagonal = hessian.diagonal()
     order = diagonal.unflatten(0, (-1, in_group_size)).sum(1).argsort(descending=True, stable=True)
     lines = (order[:, None] * in_group_size + torch.arange(in_group_size, device=order.device)).view(-1)
-    backwards = lines.flip(0)
-    reversed_hessian = hessian[backwards][:, backwards]
-    factor = _factor(reversed_hessian, damp).flip(0, 1)
+    factor = upper_factor(hessian[lines][:, lines], damp)
     blocks = diagonal_blocks(factor, in_group_size)  # R_gg
     carry = torch.linalg.solve_triangular(blocks.mT, factor.mT.unflatten(0, (-1, in_group_size)), upper=False)
     return Feedback(order, carry.flatten(0, 1), vector_metrics(blocks @ blocks.mT, out_group_size))
 
 
-def _factor(hessian: Tensor, damp: float) -> Tensor:
-    """Lower Cholesky factor of the damped Hessian."""
+def upper_factor(hessian: Tensor, damp: float) -> Tensor:
+    """R, upper triangular, of the damped Hessian R R^T."""
+    hessian = hessian.flip(0, 1)
     live = hessian.diagonal() > 0
     mean = hessian.diagonal()[live].mean()
     while damp <= MAX_DAMP:
@@ -69,8 +68,8 @@ def _factor(hessian: Tensor, damp: float) -> Tensor:
         factor, info = torch.linalg.cholesky_ex(damped)
         # A pivot at the level of rounding noise divides what follows by noise.
         if not info and factor.diagonal().square().amin() > torch.finfo(torch.float32).eps * mean:
-            lower: Tensor = factor
-            return lower
+            upper: Tensor = factor.flip(0, 1)
+            return upper
         damp = max(10 * damp, 1e-4)
     raise PassError(
         "its Hessian is not positive definite, even strongly damped",

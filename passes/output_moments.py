@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from passes.calibration import Batch
-from passes.graph import find_layers, inputs_of
+from passes.graph import Layer, find_layers, inputs_of, weight_rank
 
 Loss = Literal["mse", "kl"]
 See = Callable[[Tensor, Tensor], None]
@@ -32,23 +32,26 @@ def output_moments(
     loss: Loss,
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
-    """{layer: G}, [out, out] float32, of linear layers by name.
+    """{layer: G}, [out, out] float32, of layers by name; a convolution's outputs are its channels, at every position.
 
     A layer that no floating-point output depends on, or of which none is computed by operators that have gradients, is
     missing. Outputs of whole numbers do not count.
     """
     wanted, totals, counts = set(names), dict[str, Tensor](), dict[str, int]()
 
-    def see_layer(name: str) -> See:
+    def see_layer(layer: Layer) -> See:
+        name, outputs_axis = layer.name, -1 if layer.kind == "linear" else 1 - weight_rank(layer)
+
         def see(_: Tensor, gradient: Tensor) -> None:
-            rows = gradient.float().flatten(0, -2) if gradient.dim() > 1 else gradient.float()[None]
+            rows = gradient.float().movedim(outputs_axis, -1)
+            rows = rows.reshape(-1, rows.shape[-1])
             product = rows.mT @ rows
             totals[name] = totals[name] + product if name in totals else product
             counts[name] = counts.get(name, 0) + len(rows)
 
         return see
 
-    watched = {layer.node: see_layer(layer.name) for layer in find_layers(graph) if layer.name in wanted}
+    watched = {layer.node: see_layer(layer) for layer in find_layers(graph) if layer.name in wanted}
     watch_gradients(graph, watched, batches, loss, generator)
     return {name: total / counts[name] for name, total in totals.items()}
 

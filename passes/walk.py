@@ -8,12 +8,21 @@ it stands, and `passed` finds the newest one among layers that came from the cac
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from passes.base import Program
 from passes.calibration import Stream
 from passes.graph import Layer, find_layers
 from passes.layer_inputs import Part, hessian_of, moments_of
+from passes.output_moments import Loss, output_moments
+from passes.threads import single_thread
+
+SAMPLES_AT_ONCE = 8
+"""Samples the network is run backwards on together."""
+
+OUTER_BYTES = 1 << 31
+"""What the outer factors of layers take at once, unless one layer's alone takes more."""
 
 
 class Walk:
@@ -40,6 +49,8 @@ class Walk:
         self._hessian: Tensor | None = None
         self._cross: Tensor | None = None
         self._cache, self._kept = program.cache, ""
+        self._program = program
+        self._outers: dict[str, Tensor | None] = {}
 
     def enter(self, siblings: Sequence[Layer]) -> None:
         """The turn of layers with one input has come: the walk stops in front of the first, whichever is asked for.
@@ -75,6 +86,37 @@ class Walk:
             floats, inputs = self._floats.values(twin.input), self._stream.values(layer.input)
             self._cross = moments_of(layer, floats, inputs, self._part)
         return self._cross
+
+    def outer(self, layer: Layer, loss: Loss) -> Tensor | None:
+        """What errors at the layer's outputs cost at the network's, G [out, out] of passes.output_moments.
+
+        Over all batches, on every rank; None where no output of the network feels the layer. Found for as many of the
+        layers from this one on as OUTER_BYTES hold, in one go.
+        """
+        if layer.name not in self._outers:
+            self.on_part("what errors cost at the network's outputs")
+            program, names = self._program, self._from(layer)
+            assert program.float_twin is not None
+            batches = program.in_parts(program.calibration.batches, SAMPLES_AT_ONCE)
+            generator = torch.Generator().manual_seed(program.seed)
+            with single_thread():
+                found = output_moments(program.float_twin, names, batches, loss, generator)
+            self._outers = {name: found.get(name) for name in names}
+        outer = self._outers[layer.name]
+        return None if outer is None else outer.to(self.ranks.device)
+
+    def _from(self, layer: Layer) -> list[str]:
+        """The layer, and those behind it whose G there is room for."""
+        names, room = [layer.name], OUTER_BYTES
+        behind = list(self._twins)[list(self._twins).index(layer.name) + 1 :]
+        for twin in (self._twins[name] for name in behind):
+            if twin.kind == "embedding":
+                continue
+            room -= 4 * len(twin.to_matrix(twin.weight.meta["val"])) ** 2
+            if room < 0:
+                break
+            names.append(twin.name)
+        return names
 
     def _turn_to(self, layer: Layer) -> None:
         # What the rows depend on: the value, and for a convolution the kernel and how it moves.

@@ -5,7 +5,9 @@
 Every row is a compilation by qexport.compile_model for onnxruntime, with the committed calibration text; embeddings and
 head stay in float, so that rows differ by the 24 linear layers alone.
 
-perplexity   per byte over the held-out windows, of the file in onnxruntime as shipped, and its increase over float
+perplexity   per byte over the held-out windows, of the file in onnxruntime as shipped
+increase %   of it over float, and its standard error over the windows; with --beside ROW also over that row's, so that
+             what windows have in common does not count
 KL           mean divergence of the file's next-byte distribution from the float network's, over the same windows
 bits         a weight of those layers takes, codebooks, scales and adapters included: 8 (size of the file - size of the
              float file + 4 bytes a weight) / weights
@@ -42,6 +44,7 @@ ROWS = {
     "hqq 3b g64, qdora": "hqq:bits=3:group_size=64,qdora",
     "gptq 3b g64": "gptq:bits=3:group_size=64",
     "aq 2x8 g8": "aq",
+    "aq 2x8 g8, kl": "aq:loss=kl",
     "aq 2x8 g8, qdora": "aq,qdora",
     "hqq 3b g64, hessian": "hqq:bits=3:group_size=64:hessian=true",
     "gptq 2b g64": "gptq:bits=2:group_size=64",
@@ -109,6 +112,7 @@ class Table:
         with torch.no_grad():
             self.expected = log_probabilities(model, self.tokens)
         self.twin = folder / "float"
+        self.losses: dict[str, Tensor] = {}
         names = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)} - {"lm_head"}
         self.weights = sum(int(model.get_parameter(f"{name}.weight").numel()) for name in names)
 
@@ -120,16 +124,19 @@ class Table:
         example = {"tokens": self.samples["tokens"][:2]}
         return qexport.compile_model(self.model, example, recipe, calibration=self.samples, out=out)
 
-    def row(self, name: str, passes: str) -> tuple[list[str], list[str]]:
-        """The cells, and remarks on layers that a pass left alone."""
+    def row(self, name: str, passes: str, beside: str) -> tuple[list[str], list[str]]:
+        """The cells, and remarks on layers that a pass left alone; `beside` names the row to compare with."""
         out = self.twin if passes == FLOAT else self.folder / name
         report = self.compile(passes, out)
         timings = json.loads((out / "timings.json").read_text())
         found = self.found(out)
-        lost = float((self.expected - found).gather(-1, self.targets).double().mean())
+        self.losses[name] = -found.gather(-1, self.targets)[..., 0].double().mean(1)  # of each window
+        lost = _increase(self.losses[name] + self.expected.gather(-1, self.targets)[..., 0].double().mean(1))
         divergence = float((self.expected.exp() * (self.expected - found)).sum(-1).mean())
-        surprise = -float(found.gather(-1, self.targets).double().mean())
-        cells = [name, f"{math.exp(surprise):.4f}", f"{100 * math.expm1(lost):+.2f}", f"{divergence:.5f}"]
+        if beside:
+            other = self.losses.get(beside)
+            lost += f", {_increase(self.losses[name] - other)}" if other is not None and name != beside else ","
+        cells = [name, f"{self.losses[name].mean().exp():.4f}", lost, f"{divergence:.5f}"]
         cells += [f"{self.bits(out, file):.2f}" for file in ("model.safetensors", "model.onnx")]
         cells += [f"{ratio:.2f}" for ratio in self.ratios(out)] if self.rounds else ["", ""]
         cells += [", ".join(f"{peak:.0f}" for peak in peaks(out / "model.onnx"))]
@@ -173,6 +180,11 @@ class Table:
         return found
 
 
+def _increase(lost: Tensor) -> str:
+    """By how many percent perplexity rises when windows [n] lose so much, and the standard error."""
+    return f"{100 * math.expm1(float(lost.mean())):+.2f} +- {100 * float(lost.std()) / len(lost) ** 0.5:.2f}"
+
+
 def held_out(windows: slice) -> Tensor:
     """Windows [64 * n, 129] of the held-out text: of the four that follow each other from each of 64 places, a slice.
 
@@ -189,6 +201,7 @@ def options(description: str, rounds: int) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--rows", default="*", help="names of the rows to run, a glob; float always runs")
     parser.add_argument("--passes", nargs="+", metavar="PASSES", help="rows of these passes instead")
+    parser.add_argument("--beside", default="", metavar="ROW", help="an earlier row to compare perplexities with")
     parser.add_argument("--rounds", type=int, default=rounds, help="of the latencies; 0: none")
     return parser
 
@@ -204,8 +217,8 @@ def measure(
     with tempfile.TemporaryDirectory() as folder:
         table = Table(model, Path(folder), asked.rounds, samples, windows)
         for name, passes in rows.items():
-            if passes == FLOAT or fnmatch.fnmatchcase(name, asked.rows):
-                cells, skips = table.row(name, passes)
+            if passes == FLOAT or name == asked.beside or fnmatch.fnmatchcase(name, asked.rows):
+                cells, skips = table.row(name, passes, asked.beside)
                 remarks += skips
                 print(f"| {' | '.join(cells)} |", flush=True)
     for remark in remarks:
