@@ -1,16 +1,16 @@
 """Codes for what the network's outputs feel: rows of a weight matrix couple through what follows the layer.
 
 The error is tr(G E H E^T) with G = E[g g^T], g the gradient at the layer's output (passes.output_moments), instead of
-tr(E H E^T). G is far from a multiple of the identity: in a language model a tenth of its directions hold nine tenths of
-it. So errors of the rows are to cancel where G is large, as errors of the columns are where H is.
+tr(E H E^T). G is far from a multiple of the identity, as a network's few outputs feel few of a layer's directions. So
+errors of the rows are to cancel where G is large, as errors of the columns are where H is.
 
 Rows are taken in parts. With all others fixed, and what couples those of a part b left out, the best these can do is
 to be quantized by themselves, under H, for other weights: for rows of cost D = diag(G) that is
 
     W_b + sum_{j not in b} e_j G_jb / D_b.
 
-The first codes come as GPTQ's do, with rows in the place of columns (as in LDLQ from both sides, Tseng et al., arXiv
-2505.22988): G = R R^T, R upper triangular in the order of decreasing G_ii, and rows b make up for those before them,
+The first codes come as GPTQ's do, with rows in the place of columns (YAQA has feedback from both sides, Tseng et al.,
+arXiv 2505.22988): G = R R^T, R upper triangular in the order of decreasing G_ii, and rows b make up for those before,
 
     W_b + sum_{j<b} e_j R_jb R_bb^-1,
 
