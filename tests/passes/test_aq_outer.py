@@ -205,7 +205,6 @@ def test_a_network_loses_less() -> None:
 
 
 def test_a_network_without_such_outputs_is_refused() -> None:
-    module = nn.Sequential(nn.Linear(32, 96), Largest())
     program = program_of(nn.Sequential(nn.Linear(32, 96), Largest()), {"input": torch.zeros(4, 32)})
     with pytest.raises(PassError, match="floating-point outputs"):
         Pipeline([dataclasses.replace(SMALL, loss="kl")], PASSES).run(program)
