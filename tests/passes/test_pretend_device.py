@@ -49,6 +49,9 @@ CASES: dict[str, Callable[..., Any]] = {
     "hqq": lambda weight, hessian, cross: hqq.quantize_weight(weight, HQQ(group_size=16)),
     "hqq hessian": lambda weight, hessian, cross: hqq.quantize_weight(weight, HQQ(group_size=16), hessian),
     "aq": lambda weight, hessian, cross: aq.quantize_weight(weight, hessian, AQ(codebook_bits=4, sample=64, rounds=2)),
+    "aq by the outputs": lambda weight, hessian, cross: aq.quantize_weight(
+        weight, hessian, AQ(codebook_bits=4, sample=64, rounds=2), outer=weight @ hessian @ weight.T
+    ),
     "aq with tables": lambda weight, hessian, cross: aq.quantize_weight(
         weight, hessian, AQ(codebook_bits=4, scale_bits=2, codebook_value_bits=3, sample=64, rounds=1, shuffle=True)
     ),
@@ -99,8 +102,9 @@ class Words(nn.Module):
         GPTAQ(activations="rtn"),
         HQQ(group_size=16, hessian=True),
         AQ(codebook_bits=3, in_group_size=4, sample=64, rounds=1, kmeans_iterations=2),
+        AQ(codebook_bits=3, in_group_size=4, sample=64, rounds=1, kmeans_iterations=2, loss="mse"),
     ],
-    ids=lambda work: work.name,
+    ids=["gptq", "gptaq", "hqq", "aq", "aq by the outputs"],
 )
 def test_a_pass_works_on_the_device_and_leaves_its_results_on_the_cpu(net: type[nn.Module], work: WeightPass) -> None:
     def program() -> dict[str, Tensor]:
