@@ -82,7 +82,7 @@ def first_codes_by_rows(
             before = after
         rows.take(order[few], part, shift)
     rows.gradient = rows.product(rows.errors)
-    kept.put_back_if_lower()
+    kept.undo_unless_lower()
 
 
 def sweep_coupled(rows: Rows, codebooks: Tensor, beam_size: int, generator: torch.Generator | None) -> None:
@@ -119,7 +119,7 @@ def sweep_coupled(rows: Rows, codebooks: Tensor, beam_size: int, generator: torc
                 felt[here] += coupled
                 slope.addmm_(group.metric, coupled)
         rows.gradient.addmm_(couplings.T, felt)
-    kept.put_back_if_lower()
+    kept.undo_unless_lower()
 
 
 def _stiffness(outer: Tensor, parts: Sequence[Tensor]) -> Tensor:
@@ -143,7 +143,7 @@ class _Kept:
         self.rows, self.error = rows, rows.error()
         self.codes, self.errors, self.gradient = rows.codes.clone(), rows.errors.clone(), rows.gradient.clone()
 
-    def put_back_if_lower(self) -> None:
+    def undo_unless_lower(self) -> None:
         """Undo what came since if the error is not lower."""
         if not self.rows.error() < self.error:
             self.rows.codes, self.rows.errors, self.rows.gradient = self.codes, self.errors, self.gradient
