@@ -15,6 +15,7 @@ scales by Adam.
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import ClassVar, Literal, get_args
 
 import torch
@@ -23,10 +24,10 @@ from torch import Tensor
 from passes.aq_codebooks import update_codebooks
 from passes.aq_kmeans import first_codebooks, fit_tables
 from passes.aq_outer import STEPS, damped_outer, first_codes_by_rows, sweep_coupled
-from passes.aq_rows import Rows, cut_rows, diagonal_blocks, moments_of
+from passes.aq_rows import Kept, Rows, cut_rows, diagonal_blocks, moments_of
 from passes.aq_scales import TABLE_ITERATIONS, group_scales, round_to_tables, update_scales
 from passes.aq_search import sweep
-from passes.aq_start import Feedback, feedback_of, first_codes
+from passes.aq_start import Feedback, feedback_of, first_codes, prefiltered
 from passes.asymmetric import shifted_weight
 from passes.base import PassError, PassResult, Program, silent_part
 from passes.block_tune import tune_blocks
@@ -222,6 +223,11 @@ class AQ(WeightPass):
         bits = self.bits_per_parameter(problems * outputs, inputs)
         return f"its codebooks would take {bits:.1f} bits a weight, more than 8-bit weights" if bits > MAX_BITS else ""
 
+    @property
+    def code_bits(self) -> float:
+        """Bits a weight that codes alone take."""
+        return self.num_codebooks * self.codebook_bits / (self.in_group_size * self.out_group_size)
+
     def bits_per_parameter(self, outputs: int, inputs: int) -> float:
         """Bits a weight of [outputs, inputs] takes: codes, and codebooks and scales in 16 bits or from their tables."""
         groups, rows = inputs // self.in_group_size, outputs // self.out_group_size
@@ -390,8 +396,10 @@ class _Fit:
         self.codebooks = first_codebooks(self.runs, metrics, entries, sample, options.kmeans_iterations, self.generator)
         self.on_part("first codes")
         for rows in self.runs:
-            feedback = feedbacks[rows.problem].to(rows.device)
-            first_codes(rows, feedback, self.codebooks.to(rows.device), options.beam_size, self.penalties_on(rows))
+            feedback, books = feedbacks[rows.problem].to(rows.device), self.codebooks.to(rows.device)
+            search = partial(first_codes, rows, feedback, books, options.beam_size, self.penalties_on(rows))
+            search()
+            self.on_what_counts(rows, books, search)
 
     def couple(self, outers: Tensor) -> None:
         """From here on errors count at the network's outputs; the codes are searched anew for that."""
@@ -403,7 +411,18 @@ class _Fit:
         self.on_part(f"codes row by row, error {self.error() / self.whole:.4f}")
         for rows in self.runs:
             feedback, books = feedbacks[rows.problem].to(rows.device), self.codebooks.to(rows.device)
-            first_codes_by_rows(rows, feedback, books, options.beam_size, options.tolerance, self.shuffled())
+            arguments = rows, feedback, books, options.beam_size, options.tolerance, self.shuffled()
+            self.on_what_counts(rows, books, partial(first_codes_by_rows, *arguments))
+
+    def on_what_counts(self, rows: Rows, codebooks: Tensor, search: Callable[[], None]) -> None:
+        """Let `search` set the rows' codes for what of the weight is worth its bits, if that lowers the error."""
+        kept, weight = Kept(rows), rows.weight
+        rows.weight = prefiltered(rows, self.options.code_bits, self.options.damp)
+        rows.refresh(codebooks)
+        search()
+        rows.weight = weight
+        rows.refresh(codebooks)
+        kept.undo_unless_lower()
 
     def improve(self) -> None:
         """Rounds of codebooks, scales and codes until the error stops falling."""

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from passes.aq_rows import Rows
+from passes.aq_rows import Kept, Rows
 from passes.aq_search import GROUPS_AT_ONCE, GroupBooks, group_order, score_buffer, search_group, sweep
 from passes.aq_start import Feedback, first_codes, upper_factor
 
@@ -62,7 +62,7 @@ def first_codes_by_rows(
     feedback is that of the inputs; a search that lowers a part's error by less than `tolerance` is its last.
     """
     assert rows.outer is not None
-    kept = _Kept(rows)
+    kept = Kept(rows)
     order = rows.outer.diagonal().argsort(descending=True, stable=True)
     factor = upper_factor(rows.outer[order][:, order], 0.0)
     size = -(-len(order) // FIRST_PARTS)
@@ -88,7 +88,7 @@ def first_codes_by_rows(
 def sweep_coupled(rows: Rows, codebooks: Tensor, beam_size: int, generator: torch.Generator | None) -> None:
     """Search every group's codes anew, part of the rows by part; the error does not rise."""
     assert rows.outer is not None
-    kept = _Kept(rows)
+    kept = Kept(rows)
     outer, hessian, metrics = rows.outer, rows.moments.hessian, rows.moments.metrics
     size, books = rows.group_size, range(len(codebooks))
     parts = [torch.arange(first, len(outer), PARTS, device=rows.device) for first in range(min(PARTS, len(outer)))]
@@ -134,16 +134,3 @@ def _stiffness(outer: Tensor, parts: Sequence[Tensor]) -> Tensor:
         correlations = outer[part][:, part] / (sizes[:, None] * sizes)
         stiffness[part] *= torch.linalg.eigvalsh(correlations)[-1].sqrt()
     return stiffness
-
-
-class _Kept:
-    """Rows as they are now."""
-
-    def __init__(self, rows: Rows) -> None:
-        self.rows, self.error = rows, rows.error()
-        self.codes, self.errors, self.gradient = rows.codes.clone(), rows.errors.clone(), rows.gradient.clone()
-
-    def undo_unless_lower(self) -> None:
-        """Undo what came since if the error is not lower."""
-        if not self.rows.error() < self.error:
-            self.rows.codes, self.rows.errors, self.rows.gradient = self.codes, self.errors, self.gradient

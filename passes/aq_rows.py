@@ -163,6 +163,21 @@ class Rows:
         return float((self.errors * self.gradient).sum(dtype=torch.float64))
 
 
+class Kept:
+    """Rows as they are now."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows, self.error = rows, rows.error()
+        self.codes, self.scales = rows.codes.clone(), rows.scales
+        self.errors, self.gradient = rows.errors.clone(), rows.gradient.clone()
+
+    def undo_unless_lower(self) -> None:
+        """Undo what came since if the error is not lower."""
+        if not self.rows.error() < self.error:
+            self.rows.codes, self.rows.scales = self.codes, self.scales
+            self.rows.errors, self.rows.gradient = self.errors, self.gradient
+
+
 def cut_rows(
     weight: Tensor,
     moments: Sequence[Moments],

@@ -7,6 +7,14 @@ upper triangular, and groups taken in an order, the layer error of a row splits 
 
 as R is triangular in blocks, too. So group g's vectors are searched for w'_g under the metric R_gg R_gg^T: what an
 error costs when all later groups make up for it as best they can.
+
+Parts of a weight that cost less than the errors will need not be kept, though rounding them takes as many bits, and
+errors fed back on top of them overload the codebooks. So what is rounded first is not W but
+
+    argmin_T tr(G (W - T) H (W - T)^T) + theta |T|^2,
+
+theta a small part of what a weight costs, smaller by 4 for every bit. This is reverse water-filling (Cover & Thomas,
+Elements of Information Theory, section 10.3.3), softly. The rounds that follow are on W.
 """
 
 import dataclasses
@@ -17,6 +25,9 @@ from torch import Tensor
 from passes.aq_rows import Rows, diagonal_blocks, vector_metrics
 from passes.aq_search import GROUPS_AT_ONCE, GroupBooks, score_buffer, search_group
 from passes.base import PassError
+
+IDLE = 0.08
+"""theta over the mean cost of a weight, at no bits."""
 
 MAX_DAMP = 10.0
 """Damping, as a fraction of the mean diagonal, past which the Hessian says nothing about the weights."""
@@ -75,6 +86,22 @@ def upper_factor(hessian: Tensor, damp: float) -> Tensor:
         "its Hessian is not positive definite, even strongly damped",
         fix="use more calibration samples, or leave the layer out (--skip) or to rtn",
     )
+
+
+def prefiltered(rows: Rows, bits: float, damp: float) -> Tensor:
+    """What to round to so many bits a weight, as rows.weight; H is damped by a fraction of its mean diagonal."""
+    hessian, weight = rows.moments.hessian, rows.weight
+    mean = hessian.diagonal().mean()
+    damped = hessian + torch.eye(len(hessian), device=rows.device) * (damp * mean)
+    theta = IDLE * 4**-bits * mean * rows.row_costs().mean()
+    if rows.outer is None:
+        damped.diagonal().add_(theta)
+        dropped: Tensor = theta * torch.linalg.solve(damped, weight)
+        return weight - dropped
+    (inner, left), (outer, right) = torch.linalg.eigh(damped), torch.linalg.eigh(rows.outer)
+    costs = inner.clamp_min(0)[:, None] * outer.clamp_min(0)
+    kept: Tensor = left @ (left.T @ weight @ right * (costs / (costs + theta))) @ right.T
+    return kept
 
 
 def first_codes(
