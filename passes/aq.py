@@ -33,6 +33,7 @@ from passes.base import PassError, PassResult, Program, silent_part
 from passes.block_tune import tune_blocks
 from passes.graph import Layer, outputs_of
 from passes.half import half_codebooks, half_scales
+from passes.network_tune import tune_network
 from passes.rtn import RTN
 from passes.threads import single_thread
 from passes.walk import Walk
@@ -72,8 +73,9 @@ class AQ(WeightPass):
     loss                 where errors count. layer: in the layer's output; mse, kl: in the network's outputs, by their
                          squares, or by the divergence of their softmax (classifiers, language models), see
                          passes.aq_outer; a layer then also makes up for those before it
-    tune                 steps by which codebooks, scales, biases and norms of each block of layers are tuned to the
-                         float network's output when all are quantized, see passes.block_tune; 0: none
+    tune                 steps by which codebooks, scales, biases and norms are tuned when all are quantized; 0: none.
+                         With loss=layer each block of layers to the float network's output of it (passes.block_tune);
+                         else all together to the network's outputs (passes.network_tune)
     tune_rate            learning rate of that
     embedding_codebooks  embedding tables get codebooks, too, instead of `embeddings` bits
 
@@ -182,13 +184,16 @@ class AQ(WeightPass):
             raise PassError(what, fix="compile the model without its argmax, or use loss=layer")
 
     def run(self, program: Program) -> PassResult:
-        """Quantize every layer that can be, in the graph's order, then tune the blocks they are in."""
+        """Quantize every layer that can be, in the graph's order, then tune the blocks they are in, or all together."""
         result = super().run(program)
         if not self.tune:
             return result
         with single_thread():
-            ratios = tune_blocks(program, self.tune, self.tune_rate)
-        return dataclasses.replace(result, measured={**result.measured, "tuned_blocks": float(len(ratios))})
+            if self.loss == "layer":
+                tuned = {"tuned_blocks": float(len(tune_blocks(program, self.tune, self.tune_rate)))}
+            else:
+                tuned = tune_network(program, self.tune, self.tune_rate, self.loss, program.seed + self.seed)
+        return dataclasses.replace(result, measured={**result.measured, **tuned})
 
     def for_layer(self, program: Program, layer: Layer) -> WeightPass:
         """Besides the recipe's options: the head's width."""

@@ -8,20 +8,19 @@ calibration data, by Adam, against the float model's outputs.
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor, fx
-from torch.nn import functional as F
 
 from passes.adapter_files import load_adapters
 from passes.adapter_nodes import attach
 from passes.asymmetric import shifted_weight
 from passes.base import Pass, PassError, PassResult, Program, Skip
 from passes.calibration import Batch, run_graph
+from passes.distill import BATCH, descend, mean_loss, output_loss
 from passes.dora import Adapter, DoRALinear, fitted, untrained
 from passes.graph import Layer, bias_of, copy_graph, find_layers, inputs_of, weight_of
 from passes.ops import FAKE_QUANTIZE, FAKE_QUANTIZE_DYNAMIC
@@ -30,9 +29,6 @@ from passes.threads import single_thread
 from passes.walk import Walk
 from passes.weight_nodes import float_copy, read_weight
 from passes.weights import AffineWeight, QuantWeight
-
-BATCH = 8
-"""Samples of one step."""
 
 ENOUGH_BITS = 8
 """A layer of so many bits has lost nothing that an adapter would be worth."""
@@ -156,8 +152,8 @@ class QDoRA(Pass):
             adapters = self._fit(program, bases, generator)
         student = Student(program, bases, adapters, self.loss)
         batches = program.in_parts(program.calibration.batches, BATCH)
-        before = Student(program, {}, {}, self.loss).mean_loss(batches)
-        start = student.mean_loss(batches)
+        before = mean_loss(Student(program, {}, {}, self.loss).loss, batches)
+        start = mean_loss(student.loss, batches)
         after = self._train(program, student, generator) if self.steps else start
         if not after <= start:  # the steps led away, or to nan
             return adapters, {"loss_before": before, "loss_fitted": start, "loss_after": start}
@@ -198,17 +194,12 @@ class QDoRA(Pass):
     def _train(self, program: Program, student: "Student", generator: torch.Generator) -> float:
         """Adam on small batches in random order; the loss in the end."""
         small = program.in_parts(program.calibration.batches, BATCH)
-        optimizer = torch.optim.Adam(student.parameters(), lr=self.lr)
-        order: list[int] = []
-        for step in range(self.steps):
+
+        def on_step(step: int) -> None:
             program.on_step("training", step, self.steps)
-            order = order or torch.randperm(len(small), generator=generator).tolist()
-            for group in optimizer.param_groups:
-                group["lr"] = self.lr * (1 + math.cos(math.pi * step / self.steps)) / 2
-            optimizer.zero_grad()
-            student.loss(small[order.pop()]).backward()
-            optimizer.step()
-        return student.mean_loss(small)
+
+        descend(student.parameters(), student.loss, small, self.steps, self.lr, generator, on_step)
+        return mean_loss(student.loss, small)
 
 
 class Student(fx.Interpreter):
@@ -258,29 +249,9 @@ class Student(fx.Interpreter):
         }
 
     def loss(self, batch: Batch) -> Tensor:
-        """How far the outputs for a batch are from the float model's; outputs of whole numbers do not count."""
+        """How far the outputs for a batch are from the float model's."""
         wanted = run_graph(self._reference, [batch])[0]
-        found = self.run(*(batch[name] for name in self._inputs))
-        pairs = [pair for pair in zip(found, wanted, strict=True) if pair[1].is_floating_point()]
-        return torch.stack([_distance(value.float(), goal.float(), self._loss) for value, goal in pairs]).sum()
-
-    def mean_loss(self, batches: Sequence[Batch]) -> float:
-        """Over all samples."""
-        total, count = 0.0, 0
-        with torch.no_grad():
-            for batch in batches:
-                size = len(next(iter(batch.values())))
-                total, count = total + float(self.loss(batch)) * size, count + size
-        return total / count
-
-
-def _distance(value: Tensor, goal: Tensor, loss: Loss) -> Tensor:
-    """Mean over rows of the divergence of softmax(value) from softmax(goal); or the error relative to the goal."""
-    if loss == "kl":
-        rows = value.flatten(0, -2) if value.dim() > 1 else value[None]
-        goals = goal.flatten(0, -2) if goal.dim() > 1 else goal[None]
-        return F.kl_div(rows.log_softmax(-1), goals.log_softmax(-1), reduction="batchmean", log_target=True)
-    return (value - goal).square().sum() / goal.square().sum().clamp_min(torch.finfo(torch.float32).tiny)
+        return output_loss(self.run(*(batch[name] for name in self._inputs)), wanted, self._loss)
 
 
 def _matrix(graph: fx.GraphModule, layer: Layer) -> Tensor:
