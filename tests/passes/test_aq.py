@@ -10,7 +10,8 @@ import passes.aq_rows
 from exporter.capture import capture, export_module
 from exporter.formats import pack_smallest
 from passes import PASSES, rtn
-from passes.aq import AQ, quantize_weight, search_codes
+from passes.aq import AQ
+from passes.aq_fit import quantize_weight, search_codes
 from passes.aq_rows import cut_rows, moments_of
 from passes.aq_scales import update_scales
 from passes.aq_search import sweep

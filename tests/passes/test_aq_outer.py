@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 import passes.walk
 from passes import PASSES
-from passes.aq import AQ, Where, quantize_weight
+from passes.aq import AQ, Where
+from passes.aq_fit import quantize_weight
 from passes.aq_outer import damped_outer, first_codes_by_rows, sweep_coupled
 from passes.aq_rows import Rows, cut_rows, moments_of
 from passes.aq_scales import update_scales

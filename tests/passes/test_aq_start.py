@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from passes.aq import AQ, quantize_weight
+from passes.aq import AQ
+from passes.aq_fit import quantize_weight
 from passes.aq_outer import damped_outer
 from passes.aq_rows import Rows, cut_rows, moments_of
 from passes.aq_start import IDLE, prefiltered

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from passes import aq, gptaq, gptq, hqq, rtn
+from passes import aq_fit, gptaq, gptq, hqq, rtn
 from passes.aq import AQ
 from passes.device import to_cpu
 from passes.gptaq import GPTAQ
@@ -48,11 +48,13 @@ CASES: dict[str, Callable[..., Any]] = {
     "gptaq eig": lambda weight, hessian, cross: gptaq.quantize_weight(weight, hessian, GPTAQ(eig=True), cross),
     "hqq": lambda weight, hessian, cross: hqq.quantize_weight(weight, HQQ(group_size=16)),
     "hqq hessian": lambda weight, hessian, cross: hqq.quantize_weight(weight, HQQ(group_size=16), hessian),
-    "aq": lambda weight, hessian, cross: aq.quantize_weight(weight, hessian, AQ(codebook_bits=4, sample=64, rounds=2)),
-    "aq by the outputs": lambda weight, hessian, cross: aq.quantize_weight(
+    "aq": lambda weight, hessian, cross: aq_fit.quantize_weight(
+        weight, hessian, AQ(codebook_bits=4, sample=64, rounds=2)
+    ),
+    "aq by the outputs": lambda weight, hessian, cross: aq_fit.quantize_weight(
         weight, hessian, AQ(codebook_bits=4, sample=64, rounds=2), outer=weight @ hessian @ weight.T
     ),
-    "aq with tables": lambda weight, hessian, cross: aq.quantize_weight(
+    "aq with tables": lambda weight, hessian, cross: aq_fit.quantize_weight(
         weight, hessian, AQ(codebook_bits=4, scale_bits=2, codebook_value_bits=3, sample=64, rounds=1, shuffle=True)
     ),
 }

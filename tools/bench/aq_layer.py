@@ -27,14 +27,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from passes.aq import AQ, quantize_weight
+from passes.aq import AQ
+from passes.aq_fit import quantize_weight
 from tools.bench.problem import FEW, MANY, LayerProblem, finished, layer_problem
 
 Quantize = Callable[[LayerProblem, AQ], Tensor]
 
 
 def ours(problem: LayerProblem, options: AQ) -> Tensor:
-    """The dequantized weight by passes.aq."""
+    """The dequantized weight by passes.aq_fit."""
     return quantize_weight(problem.weight, problem.hessian, options).dequantize()
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from exporter.formats import pack_smallest
-from passes import aq, gptq, hqq
+from passes import aq, aq_fit, gptq, hqq
 from passes.weights import QuantWeight
 from tools.bench.problem import LayerProblem, layer_problem
 
@@ -36,9 +36,9 @@ RIVALS: dict[str, Callable[[LayerProblem], QuantWeight]] = {
     "gptq 3b g128": lambda problem: gptq.quantize_weight(
         problem.weight, problem.hessian, gptq.GPTQ(bits=3, group_size=128)
     ),
-    "aq 1x8 g8": lambda problem: aq.quantize_weight(problem.weight, problem.hessian, aq.AQ(num_codebooks=1)),
-    "aq 2x8 g8": lambda problem: aq.quantize_weight(problem.weight, problem.hessian, aq.AQ()),
-    "aq 3x8 g8": lambda problem: aq.quantize_weight(problem.weight, problem.hessian, aq.AQ(num_codebooks=3)),
+    "aq 1x8 g8": lambda problem: aq_fit.quantize_weight(problem.weight, problem.hessian, aq.AQ(num_codebooks=1)),
+    "aq 2x8 g8": lambda problem: aq_fit.quantize_weight(problem.weight, problem.hessian, aq.AQ()),
+    "aq 3x8 g8": lambda problem: aq_fit.quantize_weight(problem.weight, problem.hessian, aq.AQ(num_codebooks=3)),
 }
 
 
