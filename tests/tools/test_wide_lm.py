@@ -49,3 +49,12 @@ def test_windows_to_choose_and_to_judge_by_do_not_meet(monkeypatch: pytest.Monke
     assert (chosen.shape, judged.shape) == ((64, 129), (192, 129))
     assert len({*chosen.flatten().tolist(), *judged.flatten().tolist()}) == 256 * 129
     assert wide_lm.calibration()["tokens"].shape == (256, 128)
+
+
+def test_shifted_windows_are_others_of_the_same_text() -> None:
+    text, _ = wide_lm.documentation_bytes()
+    for shift in (0.0, 0.5, 0.9):
+        windows = wide_lm.calibration(shift)["tokens"]
+        assert windows.shape == (256, 128)
+        begin = int((255 + shift) * (len(text) // 256))
+        assert torch.equal(windows[255], text[begin : begin + 128])

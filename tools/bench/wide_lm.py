@@ -103,10 +103,10 @@ def load(path: Path) -> nn.Module:
     return model.eval()
 
 
-def calibration() -> dict[str, Tensor]:
-    """{"tokens": [256, 128]}, windows spread over the training text."""
+def calibration(shift: float = 0.0) -> dict[str, Tensor]:
+    """{"tokens": [256, 128]}, windows spread over the training text, moved on by `shift` of their distance."""
     text, _ = documentation_bytes()
-    starts = torch.arange(CALIBRATION) * (len(text) // CALIBRATION)
+    starts = ((torch.arange(CALIBRATION) + shift) * (len(text) // CALIBRATION)).long()
     return {"tokens": text[starts[:, None] + torch.arange(CONTEXT)].contiguous()}
 
 
@@ -115,12 +115,13 @@ def main() -> None:
     parser = options("low-bit weights of a wide language model", rounds=30)
     parser.add_argument("--model", type=Path, required=True, help="its weights; trained if there are none")
     parser.add_argument("--choose", action="store_true", help="measure on the windows that settings are chosen by")
+    parser.add_argument("--shift", type=float, default=0.0, help="calibrate on other windows: 0 to 0.9")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if not arguments.model.exists():
         train(arguments.model)
     windows = held_out(slice(1) if arguments.choose else slice(1, 4))
-    measure(arguments, ROWS, load(arguments.model), calibration(), windows)
+    measure(arguments, ROWS, load(arguments.model), calibration(arguments.shift), windows)
 
 
 if __name__ == "__main__":
