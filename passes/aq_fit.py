@@ -5,6 +5,7 @@ codes, codebooks and scales in turn:
 
     codebooks   residual k-means on a sample, under the metric of the next step              passes.aq_kmeans
     codes       group by group, each making up for the errors before it (GPTQ with vectors)   passes.aq_start
+                of the weight, and of what in it is worth its bits: the better goes on
     rounds      codebooks by conjugate gradients, scales in closed form, codes by beam        passes.aq_codebooks,
                 search, until a round lowers the error by less than `tolerance`               aq_scales, aq_search
     again       with `loss`: codes row by row, and rounds, for the error at the outputs       passes.aq_outer

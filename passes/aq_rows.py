@@ -164,18 +164,16 @@ class Rows:
 
 
 class Kept:
-    """Rows as they are now."""
+    """Codes of rows as they are now, before a search of them; weight and scales must be the same after it."""
 
     def __init__(self, rows: Rows) -> None:
         self.rows, self.error = rows, rows.error()
-        self.codes, self.scales = rows.codes.clone(), rows.scales
-        self.errors, self.gradient = rows.errors.clone(), rows.gradient.clone()
+        self.codes, self.errors, self.gradient = rows.codes.clone(), rows.errors.clone(), rows.gradient.clone()
 
     def undo_unless_lower(self) -> None:
         """Undo what came since if the error is not lower."""
         if not self.rows.error() < self.error:
-            self.rows.codes, self.rows.scales = self.codes, self.scales
-            self.rows.errors, self.rows.gradient = self.errors, self.gradient
+            self.rows.codes, self.rows.errors, self.rows.gradient = self.codes, self.errors, self.gradient
 
 
 def cut_rows(

@@ -10,7 +10,7 @@ from torch import Tensor
 from passes.base import Program
 from passes.calibration import Batch, run_graph
 from passes.distill import BATCH, descend, mean_loss, output_loss
-from passes.graph import inputs_of, outputs_of
+from passes.graph import get_tensor, inputs_of, outputs_of
 from passes.output_moments import Loss
 from passes.tunable import Tunable, Values
 
@@ -19,6 +19,7 @@ def tune_network(program: Program, steps: int, rate: float, loss: Loss, seed: in
     """Tune the network; its loss on the calibration data before and after."""
     inputs, ends = {str(node.target): node for node in inputs_of(program.graph)}, outputs_of(program.graph)
     network = Tunable(program.graph, [node for node in program.graph.graph.nodes if node.op == "call_function"])
+    fixed = {end: get_tensor(program.graph, end) for end in ends if end.op == "get_attr"}
     batches = program.in_parts(program.calibration.batches, BATCH)
     if not network.offsets:
         return {}
@@ -26,7 +27,7 @@ def tune_network(program: Program, steps: int, rate: float, loss: Loss, seed: in
     def distance(batch: Batch, values: Values) -> Tensor:
         wanted = run_graph(program.reference, [batch])[0]
         fed = {node: batch[name] for name, node in inputs.items()}
-        return output_loss(network.run(ends, {**values, **fed}), wanted, loss)
+        return output_loss(network.run(ends, {**fixed, **values, **fed}), wanted, loss)
 
     before = mean_loss(lambda batch: distance(batch, {}), batches)
     descend(

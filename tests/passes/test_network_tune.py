@@ -21,18 +21,20 @@ OPTIONS = AQ(num_codebooks=1, codebook_bits=4, in_group_size=4, beam_size=2, rou
 
 
 class Net(nn.Module):
-    """A classifier that also returns the class, a whole number."""
+    """A classifier that also returns the class, a whole number, and its temperature, a constant."""
 
     def __init__(self) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(32)
         self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
         self.head = nn.Linear(32, 8)
+        self.temperature: Tensor
+        self.register_buffer("temperature", torch.ones(1))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """[N, 32] -> [N, 8], [N]."""
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[N, 32] -> [N, 8], [N], [1]."""
         logits = self.head(x + self.down(torch.relu(self.up(self.norm(x)))))
-        return logits, logits.argmax(-1)
+        return logits, logits.argmax(-1), self.temperature
 
 
 def _program() -> Program:
