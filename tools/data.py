@@ -1,4 +1,4 @@
-"""Data of the reference networks: scikit-learn's 8x8 digits, and the text of Python's own documentation as bytes.
+"""Data of the reference networks: scikit-learn's 8x8 digits, and Python's own documentation and library as bytes.
 
 Calibration data come from the training part only. What calibrating and evaluating needs is committed in `tests/models`,
 so that the figures do not move with the installed scikit-learn or Python (pydoc_data.topics changes with each release);
@@ -8,7 +8,9 @@ so that the figures do not move with the installed scikit-learn or Python (pydoc
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import sysconfig
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +30,7 @@ _DIGITS_CALIBRATION = 256
 _LM_CALIBRATION = 96
 _LM_TEST = 64
 _HELD_OUT_FRACTION = 0.1
+_NOT_PROSE = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
 
 Predict = Callable[[Mapping[str, Tensor]], Mapping[str, Any]]
 
@@ -68,6 +71,21 @@ def documentation_bytes() -> tuple[Tensor, Tensor]:
     text = torch.frombuffer(bytearray("\n\n".join(paragraphs.values()).encode()), dtype=torch.uint8).long()
     cut = len(text) - int(len(text) * _HELD_OUT_FRACTION)
     return text[:cut], text[cut:]
+
+
+def library_bytes() -> tuple[Tensor, Tensor]:
+    """The sources of Python's standard library as bytes: (nine files of ten [n], every tenth file [m]), int64.
+
+    Tests are left out, and modules that are tables.
+    """
+    library = Path(sysconfig.get_path("stdlib"))
+    files = [path for path in sorted(library.rglob("*.py")) if not _NOT_PROSE & {*path.relative_to(library).parts}]
+    held_out = files[9::10]
+    return _bytes_of(path for path in files if path not in held_out), _bytes_of(held_out)
+
+
+def _bytes_of(paths: Iterable[Path]) -> Tensor:
+    return torch.frombuffer(bytearray(b"".join(path.read_bytes() for path in paths)), dtype=torch.uint8).long()
 
 
 def _windows(text: Tensor, count: int, length: int) -> Tensor:

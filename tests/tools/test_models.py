@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -182,6 +184,16 @@ def test_held_out_text_repeats_no_trained_paragraph() -> None:
     normal = [b" ".join(paragraph.split()) for paragraph in (*trained, *kept)]
     # the cut falls inside a paragraph and may leave a short piece that equals another
     assert len(normal) - len(set(normal)) <= 2
+
+
+def test_every_tenth_file_of_the_library_is_held_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [*(f"{letter}.py" for letter in "abcdefghi"), "j/k.py", "l.txt", "test/m.py", "site-packages/n.py"]:
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(path.stem)
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    train, held_out = data.library_bytes()
+    assert (bytes(train.tolist()), bytes(held_out.tolist())) == (b"abcdefghi", b"k")
 
 
 def test_metrics_read_the_only_output_whatever_its_name() -> None:

@@ -11,6 +11,8 @@ from tools.bench import lowbit_lm, wide_lm
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"WIDTH": 16, "FFN": 32, "HEADS": 2, "BATCH": 2, "SAVED_EVERY": 2}.items():
         monkeypatch.setattr(wide_lm, name, value)
+    text = torch.arange(9999) % 256
+    monkeypatch.setattr(wide_lm, "library_bytes", lambda: (text, text))
 
 
 def test_training_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,20 +43,30 @@ def test_training_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.M
     assert all(first[name].equal(second[name]) for name in first)
 
 
+def text_of(monkeypatch: pytest.MonkeyPatch, length: int) -> None:
+    monkeypatch.setattr(wide_lm, "library_bytes", lambda: (torch.arange(length), torch.arange(length)))
+
+
 def test_windows_to_choose_and_to_judge_by_do_not_meet(monkeypatch: pytest.MonkeyPatch) -> None:
-    positions = torch.arange(64 * 520 + 7)
-    for module in (lowbit_lm, wide_lm):
-        monkeypatch.setattr(module, "documentation_bytes", lambda: (positions, positions))
-    chosen, judged = (lowbit_lm.held_out(windows) for windows in (slice(1), slice(1, 4)))
-    assert (chosen.shape, judged.shape) == ((64, 129), (192, 129))
-    assert len({*chosen.flatten().tolist(), *judged.flatten().tolist()}) == 256 * 129
-    assert wide_lm.calibration()["tokens"].shape == (256, 128)
+    text_of(monkeypatch, 1024 * 130 + 7)
+    chosen, judged = wide_lm.held_out(choose=True), wide_lm.held_out(choose=False)
+    assert (chosen.shape, judged.shape) == ((256, 129), (768, 129))
+    assert len({*chosen.flatten().tolist(), *judged.flatten().tolist()}) == 1024 * 129
 
 
-def test_shifted_windows_are_others_of_the_same_text() -> None:
-    text, _ = wide_lm.documentation_bytes()
+def test_shifted_windows_are_others_of_the_same_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    text_of(monkeypatch, 256 * 1500)
     for shift in (0.0, 0.5, 0.9):
         windows = wide_lm.calibration(shift)["tokens"]
         assert windows.shape == (256, 128)
-        begin = int((255 + shift) * (len(text) // 256))
-        assert torch.equal(windows[255], text[begin : begin + 128])
+        begin = int((255 + shift) * 1500)
+        assert torch.equal(windows[255], torch.arange(begin, begin + 128))
+
+
+def test_more_windows_of_the_narrow_model_are_not_those_committed(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = torch.arange(64 * 520 + 7)
+    monkeypatch.setattr(lowbit_lm, "documentation_bytes", lambda: (text, text))
+    windows = lowbit_lm.held_out()
+    committed = (torch.arange(64)[:, None] * (len(text) // 64) + torch.arange(129)).flatten()
+    assert windows.shape == (192, 129)
+    assert len({*windows.flatten().tolist(), *committed.tolist()}) == 256 * 129

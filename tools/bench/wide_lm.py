@@ -1,12 +1,13 @@
 """Low-bit weights where layers are wide: python -m tools.bench.wide_lm --model PATH [--rows GLOB]
 
 A language model of tools.models' family, one block of width 1024: layers of 1024 x 1024 (4 of them) and 1024 x 2048
-(2), wide enough for codebooks to pay. It is trained on the documentation's bytes if PATH is not there, about half an
-hour of one core that multiplies bfloat16, and is not committed (18 MB). Training that was stopped goes on where it last
-was saved, PATH.part.
+(2), wide enough for codebooks to pay. It is trained on the sources of Python's standard library if PATH is not there,
+about half an hour of one core that multiplies bfloat16, and is not committed (18 MB). As language models do it sees
+hardly any text twice: one that knows its text by heart is too sure of itself on other text, and any noise that makes
+it less sure then lowers its perplexity. Training that was stopped goes on where it last was saved, PATH.part.
 
-Columns are those of tools.bench.lowbit_lm, measured on 192 held-out windows of 128 bytes; settings are chosen on 64
-others (--choose). Training text and windows come from the installed Python's pydoc_data, so figures move with it.
+Columns are those of tools.bench.lowbit_lm, measured on 768 windows of 128 bytes of held-out files; settings are chosen
+on 256 others (--choose). The text is the installed Python's, so figures move with it.
 """
 
 import math
@@ -20,8 +21,8 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from tools.bench.lowbit_lm import FLOAT, held_out, measure, options
-from tools.data import documentation_bytes
+from tools.bench.lowbit_lm import FLOAT, measure, options
+from tools.data import library_bytes
 from tools.models import CONTEXT, OptLM
 from tools.train_reference_models import SEED, cosine_schedule, lm_optimizer
 
@@ -32,6 +33,7 @@ LEARNING_RATE = 1e-3
 INITIAL_STD = 0.02
 SAVED_EVERY = 100
 CALIBRATION = 256
+HELD_OUT = 1024
 
 ROWS = {
     "float": FLOAT,
@@ -61,7 +63,7 @@ def wide_lm() -> nn.Module:
 def train(path: Path, steps: int = STEPS) -> None:
     """Train the network and write its weights in float16."""
     model = wide_lm()
-    text, _ = documentation_bytes()
+    text, _ = library_bytes()
     optimizer = lm_optimizer(model, LEARNING_RATE)
     schedule = cosine_schedule(optimizer, steps)
     torch.manual_seed(SEED)
@@ -105,9 +107,17 @@ def load(path: Path) -> nn.Module:
 
 def calibration(shift: float = 0.0) -> dict[str, Tensor]:
     """{"tokens": [256, 128]}, windows spread over the training text, moved on by `shift` of their distance."""
-    text, _ = documentation_bytes()
+    text, _ = library_bytes()
     starts = ((torch.arange(CALIBRATION) + shift) * (len(text) // CALIBRATION)).long()
     return {"tokens": text[starts[:, None] + torch.arange(CONTEXT)].contiguous()}
+
+
+def held_out(choose: bool) -> Tensor:
+    """Windows [n, 129] spread over the held-out text: every fourth one to choose by, the others to judge by."""
+    _, text = library_bytes()
+    starts = torch.arange(HELD_OUT) * (len(text) // HELD_OUT)
+    chosen = torch.arange(HELD_OUT) % 4 == 0
+    return text[starts[chosen == choose, None] + torch.arange(CONTEXT + 1)].contiguous()
 
 
 def main() -> None:
@@ -120,8 +130,7 @@ def main() -> None:
     torch.set_num_threads(1)
     if not arguments.model.exists():
         train(arguments.model)
-    windows = held_out(slice(1) if arguments.choose else slice(1, 4))
-    measure(arguments, ROWS, load(arguments.model), calibration(arguments.shift), windows)
+    measure(arguments, ROWS, load(arguments.model), calibration(arguments.shift), held_out(arguments.choose))
 
 
 if __name__ == "__main__":
