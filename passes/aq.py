@@ -54,6 +54,8 @@ class AQ(WeightPass):
     loss                 where errors count. layer: in the layer's output; mse, kl: in the network's outputs, by their
                          squares, or by the divergence of their softmax (classifiers, language models), see
                          passes.aq_outer; a layer then also makes up for those before it
+    strengthen           with mse or kl, a layer is fitted twice, the second time to a weight in which directions that
+                         the codes kept too little of are stronger, this many times at most; 1: fitted once
     tune                 steps by which codebooks, scales, biases and norms are tuned when all are quantized; 0: none.
                          With loss=layer each block of layers to the float network's output of it (passes.block_tune);
                          else all together to the network's outputs (passes.network_tune)
@@ -82,6 +84,7 @@ class AQ(WeightPass):
     shuffle: bool = False
     damp: float = 0.01
     loss: Where = "layer"
+    strengthen: float = 1.0
     embeddings: int = 8
     embedding_codebooks: bool = False
     tune: int = 0
@@ -111,6 +114,7 @@ class AQ(WeightPass):
             "sample": (1, 1 << 30),
             "kmeans_iterations": (0, 10000),
             "damp": (0, 10),
+            "strengthen": (1, 4),
             "tune": (0, 1_000_000),
             "tune_rate": (0, 1),
         }
@@ -126,6 +130,11 @@ class AQ(WeightPass):
             raise PassError(
                 f"{self.name}: loss={self.loss} searches row by row, out_group_size={self.out_group_size} ties rows",
                 fix="use out_group_size=1, or loss=layer",
+            )
+        if self.loss == "layer" and self.strengthen > 1:
+            raise PassError(
+                f"{self.name}: strengthen={self.strengthen} is for errors that count at the network's outputs",
+                fix="use loss=mse or loss=kl with it, or leave strengthen out",
             )
         for side in ("in", "out"):
             size, block = getattr(self, f"scale_{side}_group_size"), getattr(self, f"{side}_group_size")

@@ -9,11 +9,13 @@ codes, codebooks and scales in turn:
     rounds      codebooks by conjugate gradients, scales in closed form, codes by beam        passes.aq_codebooks,
                 search, until a round lowers the error by less than `tolerance`               aq_scales, aq_search
     again       with `loss`: codes row by row, and rounds, for the error at the outputs       passes.aq_outer
+    once more   with `strengthen`: all of it for a weight in which what was lost is stronger
 
 The paper has no second line: its codes are those of the k-means until the first beam search. It fits codebooks and
 scales by Adam.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
@@ -23,7 +25,7 @@ from torch import Tensor
 
 from passes.aq_codebooks import update_codebooks
 from passes.aq_kmeans import first_codebooks, fit_tables
-from passes.aq_outer import STEPS, damped_outer, first_codes_by_rows, sweep_coupled
+from passes.aq_outer import STEPS, damped_outer, first_codes_by_rows, strengthened, sweep_coupled
 from passes.aq_rows import Kept, Rows, cut_rows, diagonal_blocks, moments_of
 from passes.aq_scales import TABLE_ITERATIONS, group_scales, round_to_tables, update_scales
 from passes.aq_search import sweep
@@ -67,8 +69,11 @@ def quantize_weight(
     if not torch.isfinite(weight).all():
         raise PassError("its weight is not finite", fix="check the model")
     with single_thread(), torch.no_grad():
-        fit = _Fit(weight, hessians, options, outer, code_penalties, tuple(devices) or (weight.device,), on_part)
-        return fit.run()
+        given = outer, code_penalties, tuple(devices) or (weight.device,), on_part
+        if outer is not None and options.strengthen > 1:
+            first = _Fit(weight, hessians, dataclasses.replace(options, rounds=min(options.rounds, 1)), *given)
+            weight = first.strengthened()
+        return _Fit(weight, hessians, options, *given).run()
 
 
 def search_codes(
@@ -135,14 +140,7 @@ class _Fit:
 
     def run(self) -> CodebookWeight:
         """All of it."""
-        if self.options.scale_bits:
-            for rows in self.runs:
-                group_scales(rows)
-        self.begin()
-        self.improve()
-        if self.outers is not None:
-            self.couple(self.outers)
-            self.improve()
+        self.fit()
         if self.tables:
             self.on_part("scales to tables")
             bits = self.options.scale_bits
@@ -154,6 +152,26 @@ class _Fit:
             self.refresh()
             self.search()
         return self.result()
+
+    def strengthened(self) -> Tensor:
+        """The weight [out, in] with more of what these codes keep too little of."""
+        self.fit()
+        parts = [
+            strengthened(rows, self.options.strengthen, self.options.damp).T.to(self.runs[0].device)
+            for rows in self.runs
+        ]
+        return torch.cat(parts).to(self.dtype)
+
+    def fit(self) -> None:
+        """Codebooks, codes and scales, these not from tables yet."""
+        if self.options.scale_bits:
+            for rows in self.runs:
+                group_scales(rows)
+        self.begin()
+        self.improve()
+        if self.outers is not None:
+            self.couple(self.outers)
+            self.improve()
 
     def size(self) -> float:
         """tr(W H W^T), or tr(outer W H W^T): what errors are relative to."""

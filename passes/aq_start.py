@@ -69,6 +69,11 @@ def feedback_of(hessian: Tensor, in_group_size: int, out_group_size: int, damp: 
     return Feedback(order, carry.flatten(0, 1), vector_metrics(blocks @ blocks.mT, out_group_size))
 
 
+def damped_by(hessian: Tensor, damp: float) -> Tensor:
+    """The Hessian with a fraction of its mean diagonal added."""
+    return hessian + torch.eye(len(hessian), device=hessian.device) * (damp * hessian.diagonal().mean())
+
+
 def upper_factor(hessian: Tensor, damp: float) -> Tensor:
     """R, upper triangular, of the damped Hessian R R^T."""
     hessian = hessian.flip(0, 1)
@@ -90,18 +95,25 @@ def upper_factor(hessian: Tensor, damp: float) -> Tensor:
 
 def prefiltered(rows: Rows, bits: float, damp: float) -> Tensor:
     """What to round to so many bits a weight, as rows.weight; H is damped by a fraction of its mean diagonal."""
-    hessian, weight = rows.moments.hessian, rows.weight
-    mean = hessian.diagonal().mean()
-    damped = hessian + torch.eye(len(hessian), device=rows.device) * (damp * mean)
-    theta = IDLE * 4**-bits * mean * rows.row_costs().mean()
+    hessian = rows.moments.hessian
+    theta = IDLE * 4**-bits * hessian.diagonal().mean() * rows.row_costs().mean()
     if rows.outer is None:
+        damped = damped_by(hessian, damp)
         damped.diagonal().add_(theta)
-        dropped: Tensor = theta * torch.linalg.solve(damped, weight)
-        return weight - dropped
-    (inner, left), (outer, right) = torch.linalg.eigh(damped), torch.linalg.eigh(rows.outer)
-    costs = inner.clamp_min(0)[:, None] * outer.clamp_min(0)
-    kept: Tensor = left @ (left.T @ weight @ right * (costs / (costs + theta))) @ right.T
+        dropped: Tensor = theta * torch.linalg.solve(damped, rows.weight)
+        return rows.weight - dropped
+    left, right, costs = directions(rows, damp)
+    kept: Tensor = left @ (left.T @ rows.weight @ right * (costs / (costs + theta))) @ right.T
     return kept
+
+
+def directions(rows: Rows, damp: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(L [in, in], R [n, n], c [in, n]), L and R orthogonal: errors E of rows that couple cost sum(c (L^T E R)^2)."""
+    assert rows.outer is not None
+    (inner, left), (outer, right) = (
+        torch.linalg.eigh(each) for each in (damped_by(rows.moments.hessian, damp), rows.outer)
+    )
+    return left, right, inner.clamp_min(0)[:, None] * outer.clamp_min(0)
 
 
 def first_codes(
