@@ -180,7 +180,7 @@ def test_what_does_not_go_together() -> None:
     weight, hessian = _normal(64, 32, seed=0), _moments(32, 32, 1)
     with pytest.raises(PassError, match="row by row"):
         AQ(loss="kl", out_group_size=2)
-    with pytest.raises(PassError, match="strengthen=1.25 is for errors"):
+    with pytest.raises(PassError, match="errors that count at the network's outputs"):
         AQ(strengthen=1.25)
     with pytest.raises(PassError, match="loss=l2 is none"):
         AQ(loss="l2")  # type: ignore[arg-type]
