@@ -84,15 +84,16 @@ def test_killed_at_fifty_random_points_the_weights_are_those_of_a_whole_run(tmp_
 
     started = time.monotonic()
     expected = run(tmp_path / "whole")
-    whole_s = time.monotonic() - started
+    longest_s = time.monotonic() - started
     choose = random.Random(0)
     folder, kills = tmp_path / "cache", 0
-    for _ in range(KILLS):
-        kills += _killed(lambda: run(folder), choose.uniform(0, whole_s))
+    while kills < KILLS:
+        killed = _killed(lambda: run(folder), choose.uniform(0, longest_s))
+        kills += killed
+        longest_s *= 1.05 if killed else 0.95  # a busy machine's pace changes: about half of the runs are to be killed
         if Cache(folder, "1.0", print).count() == LAYERS:
             for path in folder.iterdir():
                 path.unlink()
-    assert kills > KILLS // 2
     found = run(folder)
     assert warnings == []
     assert found.keys() == expected.keys()
