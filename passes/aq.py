@@ -54,8 +54,8 @@ class AQ(WeightPass):
     loss                 where errors count. layer: in the layer's output; mse, kl: in the network's outputs, by their
                          squares, or by the divergence of their softmax (classifiers, language models), see
                          passes.aq_outer; a layer then also makes up for those before it
-    strengthen           with mse or kl, a layer is fitted twice, the second time to a weight in which directions that
-                         the codes kept too little of are stronger, this many times at most; 1: fitted once
+    strengthen           a layer is fitted twice, the second time to a weight in which directions that the codes kept
+                         too little of are stronger, this many times at most (passes.aq_strengthen); 1: fitted once
     tune                 steps by which codebooks, scales, biases and norms are tuned when all are quantized; 0: none.
                          With loss=layer each block of layers to the float network's output of it (passes.block_tune);
                          else all together to the network's outputs (passes.network_tune)
@@ -130,11 +130,6 @@ class AQ(WeightPass):
             raise PassError(
                 f"{self.name}: loss={self.loss} searches row by row, out_group_size={self.out_group_size} ties rows",
                 fix="use out_group_size=1, or loss=layer",
-            )
-        if self.loss == "layer" and self.strengthen > 1:
-            raise PassError(
-                f"{self.name}: strengthen={self.strengthen} is for errors that count at the network's outputs",
-                fix="use loss=mse or loss=kl with it, or leave strengthen out",
             )
         for side in ("in", "out"):
             size, block = getattr(self, f"scale_{side}_group_size"), getattr(self, f"{side}_group_size")

@@ -9,7 +9,7 @@ codes, codebooks and scales in turn:
     rounds      codebooks by conjugate gradients, scales in closed form, codes by beam        passes.aq_codebooks,
                 search, until a round lowers the error by less than `tolerance`               aq_scales, aq_search
     again       with `loss`: codes row by row, and rounds, for the error at the outputs       passes.aq_outer
-    once more   with `strengthen`: all of it for a weight in which what was lost is stronger
+    once more   with `strengthen`: all of it for a weight in which what was lost is stronger  passes.aq_strengthen
 
 The paper has no second line: its codes are those of the k-means until the first beam search. It fits codebooks and
 scales by Adam.
@@ -25,11 +25,12 @@ from torch import Tensor
 
 from passes.aq_codebooks import update_codebooks
 from passes.aq_kmeans import first_codebooks, fit_tables
-from passes.aq_outer import STEPS, damped_outer, first_codes_by_rows, strengthened, sweep_coupled
+from passes.aq_outer import STEPS, damped_outer, first_codes_by_rows, sweep_coupled
 from passes.aq_rows import Kept, Rows, cut_rows, diagonal_blocks, moments_of
 from passes.aq_scales import TABLE_ITERATIONS, group_scales, round_to_tables, update_scales
 from passes.aq_search import sweep
 from passes.aq_start import Feedback, feedback_of, first_codes, prefiltered
+from passes.aq_strengthen import strengthened
 from passes.base import PassError, silent_part
 from passes.half import half_codebooks, half_scales
 from passes.threads import single_thread
@@ -70,7 +71,7 @@ def quantize_weight(
         raise PassError("its weight is not finite", fix="check the model")
     with single_thread(), torch.no_grad():
         given = outer, code_penalties, tuple(devices) or (weight.device,), on_part
-        if outer is not None and options.strengthen > 1:
+        if options.strengthen > 1:
             first = _Fit(weight, hessians, dataclasses.replace(options, rounds=min(options.rounds, 1)), *given)
             weight = first.strengthened()
         return _Fit(weight, hessians, options, *given).run()
@@ -156,10 +157,10 @@ class _Fit:
     def strengthened(self) -> Tensor:
         """The weight [out, in] with more of what these codes keep too little of."""
         self.fit()
-        parts = [
-            strengthened(rows, self.options.strengthen, self.options.damp).T.to(self.runs[0].device)
-            for rows in self.runs
-        ]
+        options, parts = self.options, list[Tensor]()
+        for rows in self.runs:
+            lines = strengthened(rows, options.strengthen, options.damp).unflatten(1, (options.out_group_size, -1))
+            parts.append(lines.permute(2, 1, 0).flatten(0, 1).to(self.runs[0].device))
         return torch.cat(parts).to(self.dtype)
 
     def fit(self) -> None:

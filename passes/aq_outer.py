@@ -16,10 +16,6 @@ arXiv 2505.22988): G = R R^T, R upper triangular in the order of decreasing G_ii
 
 what is left after them costing R_bb R_bb^T. A part is searched until its own error stops falling before the next one
 makes up for it. G is damped strongly: it is second order, of inputs and gradients taken to be independent.
-
-Of directions that cost little the codes keep a part only: errors there are not noise but the weight itself, weaker.
-The calibration data hardly show it, other data feel it to first order. Fitted anew to a weight in which such directions
-are stronger (`strengthen`), codes lose less of them.
 """
 
 from collections.abc import Sequence
@@ -29,7 +25,7 @@ from torch import Tensor
 
 from passes.aq_rows import Kept, Rows
 from passes.aq_search import GROUPS_AT_ONCE, GroupBooks, group_order, score_buffer, search_group, sweep
-from passes.aq_start import Feedback, directions, first_codes, upper_factor
+from passes.aq_start import Feedback, first_codes, upper_factor
 
 FIRST_PARTS, PARTS = 32, 64
 """Parts that rows are taken in, for the first codes and in a round: fewer are faster, and worse."""
@@ -39,9 +35,6 @@ OUTER_DAMP = 0.2
 
 SWEEPS = 8
 """Most searches of a part before the next one's turn."""
-
-LEVELS = 24
-"""Levels of cost that a matrix' directions are sorted into."""
 
 STEPS = 4
 """Conjugate-gradient steps on codebooks and scales in a round, as many rows move together."""
@@ -90,23 +83,6 @@ def first_codes_by_rows(
         rows.take(order[few], part, shift)
     rows.gradient = rows.product(rows.errors)
     kept.undo_unless_lower()
-
-
-def strengthened(rows: Rows, most: float, damp: float) -> Tensor:
-    """rows.weight with more of what the codes keep too little of; H is damped by a fraction of its mean diagonal.
-
-    Directions of like cost are taken together. Where they keep g = <Q, W> / <W, W> of the weight, it becomes 1 / g
-    times as large, `most` at most: where codes follow, errors are then no weight lost any more.
-    """
-    left, right, costs = directions(rows, damp)
-    weight = left.T @ rows.weight @ right
-    kept = (weight - left.T @ rows.errors @ right) * weight
-    factors = torch.empty_like(weight)
-    for alike in costs.flatten().argsort().chunk(LEVELS):
-        gain = kept.view(-1)[alike].sum() / weight.square().view(-1)[alike].sum()
-        factors.view(-1)[alike] = gain.nan_to_num(1.0).clamp(1 / most, 1).reciprocal()
-    stronger: Tensor = left @ (weight * factors) @ right.T
-    return stronger
 
 
 def sweep_coupled(rows: Rows, codebooks: Tensor, beam_size: int, generator: torch.Generator | None) -> None:

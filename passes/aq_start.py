@@ -74,6 +74,40 @@ def damped_by(hessian: Tensor, damp: float) -> Tensor:
     return hessian + torch.eye(len(hessian), device=hessian.device) * (damp * hessian.diagonal().mean())
 
 
+@dataclasses.dataclass(frozen=True)
+class Directions:
+    """Of a matrix like Rows.weight: errors E cost sum(costs into(E)^2).
+
+    left    [in, in], orthogonal
+    right   [n, n], likewise; None where rows do not couple
+    costs   [in, n]; [in, 1] where rows do not couple
+    """
+
+    left: Tensor
+    right: Tensor | None
+    costs: Tensor
+
+    @classmethod
+    def of(cls, rows: Rows, damp: float) -> "Directions":
+        """H is damped by a fraction of its mean diagonal."""
+        inner, left = torch.linalg.eigh(damped_by(rows.moments.hessian, damp))
+        costs = inner.clamp_min(0)[:, None]
+        if rows.outer is None:
+            return cls(left, None, costs)
+        outer, right = torch.linalg.eigh(rows.outer)
+        return cls(left, right, costs * outer.clamp_min(0))
+
+    def into(self, matrix: Tensor) -> Tensor:
+        """The matrix' parts along these directions."""
+        parts = self.left.T @ matrix
+        return parts if self.right is None else parts @ self.right
+
+    def back(self, parts: Tensor) -> Tensor:
+        """The matrix that has these parts."""
+        matrix = self.left @ parts
+        return matrix if self.right is None else matrix @ self.right.T
+
+
 def upper_factor(hessian: Tensor, damp: float) -> Tensor:
     """R, upper triangular, of the damped Hessian R R^T."""
     hessian = hessian.flip(0, 1)
@@ -102,18 +136,8 @@ def prefiltered(rows: Rows, bits: float, damp: float) -> Tensor:
         damped.diagonal().add_(theta)
         dropped: Tensor = theta * torch.linalg.solve(damped, rows.weight)
         return rows.weight - dropped
-    left, right, costs = directions(rows, damp)
-    kept: Tensor = left @ (left.T @ rows.weight @ right * (costs / (costs + theta))) @ right.T
-    return kept
-
-
-def directions(rows: Rows, damp: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(L [in, in], R [n, n], c [in, n]), L and R orthogonal: errors E of rows that couple cost sum(c (L^T E R)^2)."""
-    assert rows.outer is not None
-    (inner, left), (outer, right) = (
-        torch.linalg.eigh(each) for each in (damped_by(rows.moments.hessian, damp), rows.outer)
-    )
-    return left, right, inner.clamp_min(0)[:, None] * outer.clamp_min(0)
+    along = Directions.of(rows, damp)
+    return along.back(along.into(rows.weight) * (along.costs / (along.costs + theta)))
 
 
 def first_codes(

@@ -12,10 +12,10 @@ import passes.walk
 from passes import PASSES
 from passes.aq import AQ, Where
 from passes.aq_fit import quantize_weight
-from passes.aq_outer import damped_outer, first_codes_by_rows, strengthened, sweep_coupled
+from passes.aq_outer import damped_outer, first_codes_by_rows, sweep_coupled
 from passes.aq_rows import Rows, cut_rows, moments_of
 from passes.aq_scales import update_scales
-from passes.aq_start import directions, feedback_of
+from passes.aq_start import feedback_of
 from passes.base import PassError, Pipeline, Program
 from passes.calibration import run_graph
 from passes.output_moments import Loss
@@ -134,31 +134,6 @@ def test_outputs_feel_less(options: dict[str, Any]) -> None:
     assert together.codes.shape == alone.codes.shape
 
 
-def test_what_the_codes_keep_too_little_of_gets_stronger() -> None:
-    rows, _ = _rows(48, 8, 1, 16, 1, ig=4)
-    left, right, costs = directions(rows, 0.01)
-    kept = torch.empty_like(costs)
-    levels = costs.flatten().argsort().chunk(24)
-    for level, alike in enumerate(levels):
-        kept.view(-1)[alike] = [0.2, 0.9, 1.0][level // 8]
-    weight = left.T @ rows.weight @ right
-    rows.errors = left @ ((1 - kept) * weight) @ right.T
-    factors = (left.T @ strengthened(rows, 1.25, 0.01) @ right / weight).flatten()
-    for level, alike in enumerate(levels):
-        assert factors[alike].median() == pytest.approx([1.25, 1 / 0.9, 1.0][level // 8], abs=1e-3)
-
-
-def test_strengthened_codes_keep_more() -> None:
-    weight, hessian, outer = _normal(96, 96, seed=0), _moments(96, 24, 1), _moments(96, 12, 2)
-
-    def kept(strengthen: float) -> float:
-        options = dataclasses.replace(SMALL, loss="kl", strengthen=strengthen)
-        found = quantize_weight(weight, hessian, options, outer=outer).dequantize()
-        return float((found * weight).sum() / weight.square().sum())
-
-    assert kept(1.25) > 1.05 * kept(1.0)
-
-
 def test_groups_of_a_convolution_couple_each_by_itself() -> None:
     weight = _normal(64, 16, seed=0)
     hessians = torch.stack([_moments(16, 16, 1), _moments(16, 16, 2)])
@@ -180,8 +155,6 @@ def test_what_does_not_go_together() -> None:
     weight, hessian = _normal(64, 32, seed=0), _moments(32, 32, 1)
     with pytest.raises(PassError, match="row by row"):
         AQ(loss="kl", out_group_size=2)
-    with pytest.raises(PassError, match="errors that count at the network's outputs"):
-        AQ(strengthen=1.25)
     with pytest.raises(PassError, match="loss=l2 is none"):
         AQ(loss="l2")  # type: ignore[arg-type]
     with pytest.raises(PassError, match="code_penalties"):
