@@ -55,7 +55,8 @@ class AQ(WeightPass):
                          squares, or by the divergence of their softmax (classifiers, language models), see
                          passes.aq_outer; a layer then also makes up for those before it
     strengthen           a layer is fitted twice, the second time to a weight in which directions that the codes kept
-                         too little of are stronger, this many times at most (passes.aq_strengthen); 1: fitted once
+                         too little of are stronger, this many times at most (passes.aq_strengthen); 1: fitted
+                         once, for the least error
     tune                 steps by which codebooks, scales, biases and norms are tuned when all are quantized; 0: none.
                          With loss=layer each block of layers to the float network's output of it (passes.block_tune);
                          else all together to the network's outputs (passes.network_tune)
@@ -84,7 +85,7 @@ class AQ(WeightPass):
     shuffle: bool = False
     damp: float = 0.01
     loss: Where = "layer"
-    strengthen: float = 1.0
+    strengthen: float = 1.5
     embeddings: int = 8
     embedding_codebooks: bool = False
     tune: int = 0

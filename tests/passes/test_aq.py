@@ -24,7 +24,7 @@ from passes.weights import AffineWeight, CodebookWeight, QuantWeight, value_line
 from tests.passes.nets import RULES, reasons, seeded
 from tools.bench.problem import LayerProblem, layer_problem
 
-SMALL = AQ(codebook_bits=4, in_group_size=4, beam_size=4, rounds=3)
+SMALL = AQ(codebook_bits=4, in_group_size=4, beam_size=4, rounds=3, strengthen=1.0)
 
 
 def _problem(outputs: int, inputs: int, seed: int = 0) -> tuple[Tensor, Tensor]:

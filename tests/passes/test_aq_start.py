@@ -63,7 +63,7 @@ def test_more_bits_keep_more() -> None:
 @pytest.mark.parametrize("outer", [None, _moments(96, 12, 5)], ids=["layer", "outputs"])
 def test_it_leaves_less(outer: Tensor | None, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, hessian = _normal(96, 96, seed=3), _moments(96, 24, 4)
-    options = AQ(codebook_bits=6, in_group_size=6, tolerance=0.01)
+    options = AQ(codebook_bits=6, in_group_size=6, tolerance=0.01, strengthen=1.0)
 
     def error() -> float:
         errors = weight - quantize_weight(weight, hessian, options, outer=outer).dequantize()

@@ -147,6 +147,7 @@ def main() -> None:
             in_group_size=arguments.group,
             beam_size=beam,
             rounds=arguments.rounds,
+            strengthen=1.0,  # least layer error
         )
         for count in numbers(arguments.codebooks)
         for beam in numbers(arguments.beam)

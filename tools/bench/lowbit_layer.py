@@ -22,6 +22,12 @@ from passes import aq, aq_fit, gptq, hqq
 from passes.weights import QuantWeight
 from tools.bench.problem import LayerProblem, layer_problem
 
+
+def _aq(problem: LayerProblem, num_codebooks: int) -> QuantWeight:
+    """Codebooks of least layer error."""
+    return aq_fit.quantize_weight(problem.weight, problem.hessian, aq.AQ(num_codebooks=num_codebooks, strengthen=1.0))
+
+
 RIVALS: dict[str, Callable[[LayerProblem], QuantWeight]] = {
     "hqq 3b g64": lambda problem: hqq.quantize_weight(problem.weight, hqq.HQQ(bits=3, group_size=64)),
     "hqq 3b g64, hessian": lambda problem: hqq.quantize_weight(
@@ -36,9 +42,9 @@ RIVALS: dict[str, Callable[[LayerProblem], QuantWeight]] = {
     "gptq 3b g128": lambda problem: gptq.quantize_weight(
         problem.weight, problem.hessian, gptq.GPTQ(bits=3, group_size=128)
     ),
-    "aq 1x8 g8": lambda problem: aq_fit.quantize_weight(problem.weight, problem.hessian, aq.AQ(num_codebooks=1)),
-    "aq 2x8 g8": lambda problem: aq_fit.quantize_weight(problem.weight, problem.hessian, aq.AQ()),
-    "aq 3x8 g8": lambda problem: aq_fit.quantize_weight(problem.weight, problem.hessian, aq.AQ(num_codebooks=3)),
+    "aq 1x8 g8": lambda problem: _aq(problem, 1),
+    "aq 2x8 g8": lambda problem: _aq(problem, 2),
+    "aq 3x8 g8": lambda problem: _aq(problem, 3),
 }
 
 

@@ -42,7 +42,6 @@ ROWS = {
     "gptq 3b g128": "gptq:bits=3:group_size=128",
     "aq 2x8 g8": "aq",
     "aq 2x8 g8, kl": "aq:loss=kl:tolerance=0.01",
-    "aq 2x8 g8, kl, strengthened": "aq:loss=kl:tolerance=0.01:strengthen=1.25",
     "aq 2x8 g8, qdora": "aq,qdora",
     "aq 3x8 g8": "aq:num_codebooks=3",
     "gptq 2b g64": "gptq:bits=2:group_size=64",
