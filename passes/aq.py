@@ -26,6 +26,9 @@ Where = Literal["layer", "mse", "kl"]
 MAX_BITS = 8.0
 """Bits a weight past which codebooks do not pay: 8-bit weights are smaller and better."""
 
+STRENGTHEN = 1.5
+"""How much stronger directions become at most, by default."""
+
 
 @dataclasses.dataclass(frozen=True)
 class AQ(WeightPass):
@@ -56,7 +59,7 @@ class AQ(WeightPass):
                          passes.aq_outer; a layer then also makes up for those before it
     strengthen           a layer is fitted twice, the second time to a weight in which directions that the codes kept
                          too little of are stronger, this many times at most (passes.aq_strengthen); 1: fitted
-                         once, for the least error
+                         once, for the least error; 0: 1 with loss=mse, else 1.5
     tune                 steps by which codebooks, scales, biases and norms are tuned when all are quantized; 0: none.
                          With loss=layer each block of layers to the float network's output of it (passes.block_tune);
                          else all together to the network's outputs (passes.network_tune)
@@ -85,7 +88,7 @@ class AQ(WeightPass):
     shuffle: bool = False
     damp: float = 0.01
     loss: Where = "layer"
-    strengthen: float = 1.5
+    strengthen: float = 0.0
     embeddings: int = 8
     embedding_codebooks: bool = False
     tune: int = 0
@@ -115,7 +118,7 @@ class AQ(WeightPass):
             "sample": (1, 1 << 30),
             "kmeans_iterations": (0, 10000),
             "damp": (0, 10),
-            "strengthen": (1, 4),
+            "strengthen": (0, 4),
             "tune": (0, 1_000_000),
             "tune_rate": (0, 1),
         }
@@ -131,6 +134,11 @@ class AQ(WeightPass):
             raise PassError(
                 f"{self.name}: loss={self.loss} searches row by row, out_group_size={self.out_group_size} ties rows",
                 fix="use out_group_size=1, or loss=layer",
+            )
+        if 0 < self.strengthen < 1:
+            raise PassError(
+                f"{self.name}: strengthen={self.strengthen} would make weights weaker",
+                fix="use 1 to 4, or leave it out",
             )
         for side in ("in", "out"):
             size, block = getattr(self, f"scale_{side}_group_size"), getattr(self, f"{side}_group_size")
@@ -155,6 +163,11 @@ class AQ(WeightPass):
                 f"codebook_value_groups={self.codebook_value_groups}",
                 fix="use a power of 2",
             )
+
+    @property
+    def strengthened(self) -> float:
+        """How much stronger directions become at most; the outputs' squares are least with the least error."""
+        return self.strengthen or (1.0 if self.loss == "mse" else STRENGTHEN)
 
     @property
     def sharing(self) -> tuple[int, int]:
@@ -248,4 +261,5 @@ class AQ(WeightPass):
         """With codebooks when asked for: a row is looked up alone, so that all errors count alike."""
         if not self.embedding_codebooks:
             return super().quantize_table(table)
-        return quantize_weight(table, torch.eye(table.shape[1], device=table.device), self)
+        plain = dataclasses.replace(self, strengthen=1.0)  # of a table no direction costs less than others
+        return quantize_weight(table, torch.eye(table.shape[1], device=table.device), plain)

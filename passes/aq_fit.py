@@ -71,7 +71,7 @@ def quantize_weight(
         raise PassError("its weight is not finite", fix="check the model")
     with single_thread(), torch.no_grad():
         given = outer, code_penalties, tuple(devices) or (weight.device,), on_part
-        if options.strengthen > 1:
+        if options.strengthened > 1:
             first = _Fit(weight, hessians, dataclasses.replace(options, rounds=min(options.rounds, 1)), *given)
             weight = first.strengthened()
         return _Fit(weight, hessians, options, *given).run()
@@ -159,7 +159,7 @@ class _Fit:
         self.fit()
         options, parts = self.options, list[Tensor]()
         for rows in self.runs:
-            lines = strengthened(rows, options.strengthen, options.damp).unflatten(1, (options.out_group_size, -1))
+            lines = strengthened(rows, options.strengthened, options.damp).unflatten(1, (options.out_group_size, -1))
             parts.append(lines.permute(2, 1, 0).flatten(0, 1).to(self.runs[0].device))
         return torch.cat(parts).to(self.dtype)
 

@@ -12,6 +12,7 @@ from passes.aq_outer import damped_outer
 from passes.aq_rows import Rows, cut_rows, moments_of
 from passes.aq_start import Directions
 from passes.aq_strengthen import LEAST, LEVELS, strengthened
+from passes.base import PassError
 
 SMALL = AQ(codebook_bits=4, in_group_size=4, beam_size=4)
 CPU = torch.device("cpu")
@@ -90,3 +91,21 @@ def test_rows_stay_in_their_places() -> None:
     found = quantize_weight(weight, hessians, options, devices=(CPU, CPU)).dequantize()
     for run in (slice(0, 32), slice(32, 64)):
         assert 0.5 < _kept(weight[run], found[run]) < 1.2
+
+
+def test_the_default_follows_the_loss() -> None:
+    """Squares of the outputs' errors are least with the least error."""
+    assert [AQ(loss=loss).strengthened for loss in ("layer", "kl", "mse")] == [1.5, 1.5, 1.0]
+    assert AQ(loss="mse", strengthen=1.25).strengthened == 1.25
+    weight, hessian, outer = _normal(96, 96, seed=0), _moments(96, 24, 1), _moments(96, 12, 2)
+    first, again, once = (
+        quantize_weight(weight, hessian, dataclasses.replace(SMALL, loss=loss, strengthen=strengthen), outer=outer)
+        for loss, strengthen in (("kl", 0.0), ("kl", 1.5), ("mse", 0.0))
+    )
+    assert torch.equal(first.codes, again.codes)
+    assert not torch.equal(first.codes, once.codes)
+
+
+def test_weaker_is_refused() -> None:
+    with pytest.raises(PassError, match=r"strengthen=0\.5 would make weights weaker"):
+        AQ(strengthen=0.5)
