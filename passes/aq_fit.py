@@ -157,6 +157,7 @@ class _Fit:
     def strengthened(self) -> Tensor:
         """The weight [out, in] with more of what these codes keep too little of."""
         self.fit()
+        self.on_part("what codes keep too little of")
         options, parts = self.options, list[Tensor]()
         for rows in self.runs:
             lines = strengthened(rows, options.strengthened, options.damp).unflatten(1, (options.out_group_size, -1))

@@ -29,6 +29,15 @@ class Moments:
 
     hessian: Tensor
     metrics: Tensor
+    _eigen: dict[float, tuple[Tensor, Tensor]] = dataclasses.field(default_factory=dict, repr=False)
+
+    def eigen(self, damp: float) -> tuple[Tensor, Tensor]:
+        """Eigenvalues [in] and vectors [in, in] of the Hessian, damped by a fraction of its mean diagonal."""
+        # runs of one problem share them: of thousands of inputs they take as long as a fit
+        if damp not in self._eigen:
+            values, vectors = torch.linalg.eigh(damped_by(self.hessian, damp))
+            self._eigen[damp] = values, vectors
+        return self._eigen[damp]
 
     def to(self, device: torch.device) -> "Moments":
         """On another device."""
@@ -38,6 +47,11 @@ class Moments:
 def moments_of(hessian: Tensor, in_group_size: int, out_group_size: int) -> Moments:
     """Moments of a problem with this Hessian [in, in]."""
     return Moments(hessian, vector_metrics(diagonal_blocks(hessian, in_group_size), out_group_size))
+
+
+def damped_by(hessian: Tensor, damp: float) -> Tensor:
+    """The Hessian with a fraction of its mean diagonal added."""
+    return hessian + torch.eye(len(hessian), device=hessian.device) * (damp * hessian.diagonal().mean())
 
 
 def diagonal_blocks(matrix: Tensor, size: int) -> Tensor:

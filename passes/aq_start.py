@@ -22,7 +22,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from passes.aq_rows import Rows, diagonal_blocks, vector_metrics
+from passes.aq_rows import Rows, damped_by, diagonal_blocks, vector_metrics
 from passes.aq_search import GROUPS_AT_ONCE, GroupBooks, score_buffer, search_group
 from passes.base import PassError
 
@@ -69,11 +69,6 @@ def feedback_of(hessian: Tensor, in_group_size: int, out_group_size: int, damp: 
     return Feedback(order, carry.flatten(0, 1), vector_metrics(blocks @ blocks.mT, out_group_size))
 
 
-def damped_by(hessian: Tensor, damp: float) -> Tensor:
-    """The Hessian with a fraction of its mean diagonal added."""
-    return hessian + torch.eye(len(hessian), device=hessian.device) * (damp * hessian.diagonal().mean())
-
-
 @dataclasses.dataclass(frozen=True)
 class Directions:
     """Of a matrix like Rows.weight: errors E cost sum(costs into(E)^2).
@@ -90,7 +85,7 @@ class Directions:
     @classmethod
     def of(cls, rows: Rows, damp: float) -> "Directions":
         """H is damped by a fraction of its mean diagonal."""
-        inner, left = torch.linalg.eigh(damped_by(rows.moments.hessian, damp))
+        inner, left = rows.moments.eigen(damp)
         costs = inner.clamp_min(0)[:, None]
         if rows.outer is None:
             return cls(left, None, costs)

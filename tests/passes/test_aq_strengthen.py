@@ -109,3 +109,17 @@ def test_the_default_follows_the_loss() -> None:
 def test_weaker_is_refused() -> None:
     with pytest.raises(PassError, match=r"strengthen=0\.5 would make weights weaker"):
         AQ(strengthen=0.5)
+
+
+def test_runs_of_a_problem_share_its_directions(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[int] = []
+    solve = torch.linalg.eigh
+
+    def counted(matrix: Tensor) -> tuple[Tensor, Tensor]:
+        found.append(len(matrix))
+        return solve(matrix)
+
+    monkeypatch.setattr("passes.aq_rows.OUTPUTS_AT_ONCE", 24)
+    monkeypatch.setattr(torch.linalg, "eigh", counted)
+    quantize_weight(_normal(96, 64, seed=0), _moments(64, 24, 1), SMALL)
+    assert found == [64]
