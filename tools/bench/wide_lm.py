@@ -44,6 +44,7 @@ ROWS = {
     "aq 2x8 g8, kl": "aq:loss=kl:tolerance=0.01",
     "aq 2x8 g8, qdora": "aq,qdora",
     "aq 3x8 g8": "aq:num_codebooks=3",
+    "aq 1x8 g8": "aq:num_codebooks=1",
     "gptq 2b g64": "gptq:bits=2:group_size=64",
     "hqq 3b g64": "hqq:bits=3:group_size=64",
 }
