@@ -23,29 +23,20 @@ from passes.walk import Walk
 from passes.weight_nodes import read_weight
 from passes.weights import CodebookWeight
 from tests.passes.nets import program_of
+from tests.passes.numbers import moments, normal
 
 SMALL = AQ(codebook_bits=4, in_group_size=4, beam_size=4)
 CPU = torch.device("cpu")
 
 
-def _normal(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def _moments(size: int, rank: int, seed: int) -> Tensor:
-    """Second moments of `rank` directions, and a little of all."""
-    mixing = _normal(rank, size, seed=seed)
-    return mixing.T @ mixing / rank + 0.01 * torch.eye(size)
-
-
 def _rows(outputs: int, groups: int, books: int, entries: int, seed: int, ig: int = 2) -> tuple[Rows, Tensor]:
     """Rows that couple, with random codes, and codebooks for them."""
     inputs = groups * ig
-    moments = moments_of(_moments(inputs, inputs, seed), ig, 1)
-    (rows,) = cut_rows(_normal(outputs, inputs, seed=seed + 1), [moments], 1, books, (CPU,))
+    of_inputs = moments_of(moments(inputs, inputs, seed), ig, 1)
+    (rows,) = cut_rows(normal(outputs, inputs, seed=seed + 1), [of_inputs], 1, books, (CPU,))
     rows.codes = torch.randint(entries, rows.codes.shape, generator=torch.Generator().manual_seed(seed + 2))
-    rows.outer = damped_outer(_moments(outputs, max(1, outputs // 4), seed + 3))
-    codebooks = _normal(books, ig, entries, seed=seed + 4)
+    rows.outer = damped_outer(moments(outputs, max(1, outputs // 4), seed + 3))
+    codebooks = normal(books, ig, entries, seed=seed + 4)
     rows.refresh(codebooks)
     return rows, codebooks
 
@@ -127,7 +118,7 @@ def test_more_steps_fit_scales_of_rows_that_couple_better() -> None:
 
 @pytest.mark.parametrize("options", [{}, {"scale_bits": 3}, {"codebook_value_bits": 4}, {"shuffle": True}])
 def test_outputs_feel_less(options: dict[str, Any]) -> None:
-    weight, hessian, outer = _normal(64, 48, seed=0), _moments(48, 48, 1), _moments(64, 8, 2)
+    weight, hessian, outer = normal(64, 48, seed=0), moments(48, 48, 1), moments(64, 8, 2)
     alone = quantize_weight(weight, hessian, dataclasses.replace(SMALL, **options))
     together = quantize_weight(weight, hessian, dataclasses.replace(SMALL, **options), outer=outer)
     assert _cost(weight, hessian, outer, together) < 0.6 * _cost(weight, hessian, outer, alone)
@@ -135,16 +126,16 @@ def test_outputs_feel_less(options: dict[str, Any]) -> None:
 
 
 def test_groups_of_a_convolution_couple_each_by_itself() -> None:
-    weight = _normal(64, 16, seed=0)
-    hessians = torch.stack([_moments(16, 16, 1), _moments(16, 16, 2)])
-    outer = _moments(64, 8, 3)
+    weight = normal(64, 16, seed=0)
+    hessians = torch.stack([moments(16, 16, 1), moments(16, 16, 2)])
+    outer = moments(64, 8, 3)
     apart = torch.block_diag(outer[:32, :32], outer[32:, 32:])
     one, other = (quantize_weight(weight, hessians, SMALL, outer=each) for each in (outer, apart))
     assert torch.equal(one.codes, other.codes)
 
 
 def test_outputs_that_feel_nothing_leave_a_layer_to_itself() -> None:
-    weight, hessian = _normal(64, 32, seed=0), _moments(32, 32, 1)
+    weight, hessian = normal(64, 32, seed=0), moments(32, 32, 1)
     found = quantize_weight(weight, hessian, SMALL, outer=torch.zeros(64, 64))
     alone = quantize_weight(weight, hessian, SMALL)
     identity = torch.eye(64)
@@ -152,7 +143,7 @@ def test_outputs_that_feel_nothing_leave_a_layer_to_itself() -> None:
 
 
 def test_what_does_not_go_together() -> None:
-    weight, hessian = _normal(64, 32, seed=0), _moments(32, 32, 1)
+    weight, hessian = normal(64, 32, seed=0), moments(32, 32, 1)
     with pytest.raises(PassError, match="row by row"):
         AQ(loss="kl", out_group_size=2)
     with pytest.raises(PassError, match="loss=l2 is none"):

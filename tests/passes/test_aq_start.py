@@ -9,29 +9,20 @@ from passes.aq_fit import quantize_weight
 from passes.aq_outer import damped_outer
 from passes.aq_rows import Rows, cut_rows, moments_of
 from passes.aq_start import IDLE, prefiltered
+from tests.passes.numbers import moments, normal
 
 CPU = torch.device("cpu")
 DAMP = 0.01
 BITS = 2.0
 
 
-def _normal(*shape: int, seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def _moments(size: int, rank: int, seed: int) -> Tensor:
-    """Second moments of `rank` directions, and hardly any of the others."""
-    mixing = _normal(rank, size, seed=seed)
-    return mixing.T @ mixing / rank + 0.001 * torch.eye(size)
-
-
 def _rows(outer: Tensor | None = None) -> Rows:
-    (rows,) = cut_rows(_normal(32, 48, seed=0), [moments_of(_moments(48, 8, 1), 4, 1)], 1, 2, (CPU,))
+    (rows,) = cut_rows(normal(32, 48, seed=0), [moments_of(moments(48, 8, 1, rest=0.001), 4, 1)], 1, 2, (CPU,))
     rows.outer = None if outer is None else damped_outer(outer)
     return rows
 
 
-@pytest.mark.parametrize("outer", [None, _moments(32, 6, 2)], ids=["layer", "outputs"])
+@pytest.mark.parametrize("outer", [None, moments(32, 6, 2, rest=0.001)], ids=["layer", "outputs"])
 def test_it_is_the_least_of_its_objective(outer: Tensor | None) -> None:
     """The gradient G (T - W) H + theta T is zero."""
     rows = _rows(outer)
@@ -60,9 +51,9 @@ def test_more_bits_keep_more() -> None:
     assert norms[0] < norms[2] < float(_rows().weight.norm())
 
 
-@pytest.mark.parametrize("outer", [None, _moments(96, 12, 5)], ids=["layer", "outputs"])
+@pytest.mark.parametrize("outer", [None, moments(96, 12, 5, rest=0.001)], ids=["layer", "outputs"])
 def test_it_leaves_less(outer: Tensor | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    weight, hessian = _normal(96, 96, seed=3), _moments(96, 24, 4)
+    weight, hessian = normal(96, 96, seed=3), moments(96, 24, 4, rest=0.001)
     options = AQ(codebook_bits=6, in_group_size=6, tolerance=0.01, strengthen=1.0)
 
     def error() -> float:

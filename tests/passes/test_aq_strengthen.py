@@ -13,24 +13,15 @@ from passes.aq_rows import Rows, cut_rows, moments_of
 from passes.aq_start import Directions
 from passes.aq_strengthen import LEAST, LEVELS, strengthened
 from passes.base import PassError
+from tests.passes.numbers import moments, normal
 
 SMALL = AQ(codebook_bits=4, in_group_size=4, beam_size=4)
 CPU = torch.device("cpu")
 
 
-def _normal(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def _moments(size: int, rank: int, seed: int) -> Tensor:
-    """Second moments of `rank` directions, and a little of all."""
-    mixing = _normal(rank, size, seed=seed)
-    return mixing.T @ mixing / rank + 0.01 * torch.eye(size)
-
-
 def _rows(outputs: int, inputs: int, coupled: bool) -> Rows:
-    (rows,) = cut_rows(_normal(outputs, inputs, seed=1), [moments_of(_moments(inputs, 24, 2), 4, 1)], 1, 1, (CPU,))
-    rows.outer = damped_outer(_moments(outputs, 12, 3)) if coupled else None
+    (rows,) = cut_rows(normal(outputs, inputs, seed=1), [moments_of(moments(inputs, 24, 2), 4, 1)], 1, 1, (CPU,))
+    rows.outer = damped_outer(moments(outputs, 12, 3)) if coupled else None
     return rows
 
 
@@ -68,14 +59,14 @@ def test_few_numbers_are_one_level() -> None:
     """What each of a few codes happens to lose is noise, and not to be put on top of the weight."""
     rows = _rows(4, 8, False)
     assert rows.weight.numel() < LEAST
-    rows.errors = 0.5 * _normal(8, 4, seed=4) * rows.weight
+    rows.errors = 0.5 * normal(8, 4, seed=4) * rows.weight
     ratios = strengthened(rows, 4.0, 0.01) / rows.weight
     assert torch.allclose(ratios, ratios[0, 0], atol=1e-4)
 
 
 @pytest.mark.parametrize("coupled", [False, True])
 def test_codes_keep_more(coupled: bool) -> None:
-    weight, hessian, outer = _normal(96, 96, seed=0), _moments(96, 24, 1), _moments(96, 12, 2)
+    weight, hessian, outer = normal(96, 96, seed=0), moments(96, 24, 1), moments(96, 12, 2)
 
     def kept(strengthen: float) -> float:
         options = dataclasses.replace(SMALL, loss="kl" if coupled else "layer", strengthen=strengthen)
@@ -86,7 +77,7 @@ def test_codes_keep_more(coupled: bool) -> None:
 
 def test_rows_stay_in_their_places() -> None:
     """Blocks of two outputs, two problems, and runs on two devices: what is fitted last is this weight."""
-    weight, hessians = _normal(64, 32, seed=0), torch.stack([_moments(32, 8, 1), _moments(32, 8, 2)])
+    weight, hessians = normal(64, 32, seed=0), torch.stack([moments(32, 8, 1), moments(32, 8, 2)])
     options = dataclasses.replace(SMALL, out_group_size=2, in_group_size=2, strengthen=2.0)
     found = quantize_weight(weight, hessians, options, devices=(CPU, CPU)).dequantize()
     for run in (slice(0, 32), slice(32, 64)):
@@ -97,7 +88,7 @@ def test_the_default_follows_the_loss() -> None:
     """Squares of the outputs' errors are least with the least error."""
     assert [AQ(loss=loss).strengthened for loss in ("layer", "kl", "mse")] == [1.5, 1.5, 1.0]
     assert AQ(loss="mse", strengthen=1.25).strengthened == 1.25
-    weight, hessian, outer = _normal(96, 96, seed=0), _moments(96, 24, 1), _moments(96, 12, 2)
+    weight, hessian, outer = normal(96, 96, seed=0), moments(96, 24, 1), moments(96, 12, 2)
     first, again, once = (
         quantize_weight(weight, hessian, dataclasses.replace(SMALL, loss=loss, strengthen=strengthen), outer=outer)
         for loss, strengthen in (("kl", 0.0), ("kl", 1.5), ("mse", 0.0))
@@ -121,5 +112,5 @@ def test_runs_of_a_problem_share_its_directions(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr("passes.aq_rows.OUTPUTS_AT_ONCE", 24)
     monkeypatch.setattr(torch.linalg, "eigh", counted)
-    quantize_weight(_normal(96, 64, seed=0), _moments(64, 24, 1), SMALL)
+    quantize_weight(normal(96, 64, seed=0), moments(64, 24, 1), SMALL)
     assert found == [64]
