@@ -114,3 +114,12 @@ def test_runs_of_a_problem_share_its_directions(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.linalg, "eigh", counted)
     quantize_weight(normal(96, 64, seed=0), moments(64, 24, 1), SMALL)
     assert found == [64]
+
+
+def test_a_table_is_fitted_once() -> None:
+    """Its rows are looked up alone: no direction costs less than others."""
+    table = normal(96, 32, seed=0)
+    found = dataclasses.replace(SMALL, embedding_codebooks=True).quantize_table(table).dequantize()
+    once = quantize_weight(table, torch.eye(32), dataclasses.replace(SMALL, strengthen=1.0)).dequantize()
+    assert torch.equal(found, once)
+    assert not torch.equal(found, quantize_weight(table, torch.eye(32), SMALL).dequantize())
